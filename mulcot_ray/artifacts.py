@@ -142,7 +142,11 @@ class Store:
         selector = pafs.FileSelector(self.path(key), allow_not_found=True, recursive=True)
         prefix = self.path(key) + "/"
         found = self.fs.get_file_info(selector)
-        return {f.path.removeprefix(prefix): f.size for f in sorted(found, key=lambda f: f.path) if f.type == pafs.FileType.File and not f.base_name.startswith(".")}
+        return {
+            f.path.removeprefix(prefix): f.size
+            for f in sorted(found, key=lambda f: f.path)
+            if f.type == pafs.FileType.File and not f.base_name.startswith(".")
+        }
 
     def names(self, kind: Kind) -> list[str]:
         """Names of the finished results of a kind."""
@@ -174,7 +178,9 @@ class Run:
             held = self.store.read(key)
             if held is not None and not _stale(held):
                 h = json.loads(held)
-                raise Busy(f"{self.prefix} is being written by process {h['pid']} on {h['host']}, last seen {h['time']}; wait, or choose another --name")
+                raise Busy(
+                    f"{self.prefix} is being written by process {h['pid']} on {h['host']}, last seen {h['time']}; wait, or choose another --name"
+                )
             self.store.delete(key)
             if not self.store.create(key, mine):
                 raise Busy(f"{self.prefix}: another run took over at this moment; wait, or choose another --name")
@@ -224,7 +230,9 @@ class Run:
                 files[name]["rows"] = n
                 rows += n
         if rows_in != rows + rejected and self.kind not in ("models", "evaluations"):
-            raise ConservationError(f"{self.prefix}: {rows_in} rows in, {rows} out and {rejected} rejected. Nothing is published; please report this.")
+            raise ConservationError(
+                f"{self.prefix}: {rows_in} rows in, {rows} out and {rejected} rejected. Nothing is published; please report this."
+            )
         now = time.time()
         manifest = Manifest(
             kind=self.kind, name=self.name, fingerprint=digest(self.identity), identity=self.identity, rows_in=rows_in, rows=rows,
@@ -343,7 +351,9 @@ def git_commit() -> str | None:
     """The commit of the source tree that runs, with + where it has changes; None for an installed package."""
     here = Path(__file__).parent
     try:
-        out = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"], cwd=here, capture_output=True, text=True, timeout=10)
+        out = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"], cwd=here, capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return out.stdout.strip() or None

@@ -38,6 +38,11 @@ def session(runtime: Runtime) -> Iterator[None]:
     if not address and "ray" not in sys.modules:  # Ray reads its authentication mode once, when it is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
+    with _stderr_in_log():
+        yield from _session(runtime, address)
+
+
+def _session(runtime: Runtime, address: str | None) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
@@ -55,6 +60,25 @@ def session(runtime: Runtime) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _stderr_in_log() -> Iterator[None]:
+    """Send file descriptor 2 to the log file, if there is one: Ray's C++ side writes there past Python's logging."""
+    path = next((h.baseFilename for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)), None)
+    if path is None:
+        yield
+        return
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with open(path, "ab") as log:
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _start_here(runtime: Runtime, options: dict[str, object]) -> None:

@@ -1,17 +1,17 @@
 """Every error that mulcot-ray raises on purpose.
 
-    MulcotError
-    ├── ConfigError            a recipe, runtime or option is wrong; the message names the value and what would be right
-    ├── InputError             a file or folder to read is missing, empty or of another format
-    ├── ArtifactError          something under the root
-    │   ├── ArtifactMissing    a needed table or model is not there (the message says which command makes it)
-    │   ├── RecipeChanged      the name is taken by a result of other inputs; says what changed
-    │   └── Busy               another run holds the name
-    ├── EngineError            the engine cannot start or has died
-    ├── ConservationError      rows in ≠ rows out + rejects: a bug, never published
-    └── TrainingError          training cannot go on (no examples, loss not finite, vocabularies differ)
+MulcotError
+├── ConfigError            a recipe, runtime or option is wrong; the message names the value and what would be right
+├── InputError             a file or folder to read is missing, empty or of another format
+├── ArtifactError          something under the root
+│   ├── ArtifactMissing    a needed table or model is not there (the message says which command makes it)
+│   ├── RecipeChanged      the name is taken by a result of other inputs; says what changed
+│   └── Busy               another run holds the name
+├── EngineError            the engine cannot start or has died
+├── ConservationError      rows in ≠ rows out + rejects: a bug, never published
+└── TrainingError          training cannot go on (no examples, loss not finite, vocabularies differ)
 
-    RowFault                   one row is at fault; becomes a Reject, never reaches the user as an exception
+RowFault                   one row is at fault; becomes a Reject, never reaches the user as an exception
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -108,7 +107,7 @@ class Contract(Frozen):
             raise ValueError(f"contract {self.name!r}: label_words needs one word for each of {[s.value for s in LABELS]}")
         return self
 
-    @cached_property
+    @property
     def hash(self) -> str:
         """First 16 hex digits of the SHA-256 of the canonical JSON."""
         return digest(self.model_dump(mode="json"))

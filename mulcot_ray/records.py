@@ -209,7 +209,7 @@ def to_table(kind: type[R], rows: Iterable[R]) -> pa.Table:
 def from_row(kind: type[R], row: Mapping[str, Any]) -> R:
     """One record from a row of its table. Columns that the record does not have are ignored."""
     names = {f.name for f in fields(kind)}
-    values = {k: _ENUMS[k](v) if k in _ENUMS and v is not None else v for k, v in row.items() if k in names}
+    values: dict[str, Any] = {k: _ENUMS[k](v) if k in _ENUMS and v is not None else v for k, v in row.items() if k in names}
     if "meta" in values:
         values["meta"] = dict(values["meta"] or ())
     return kind(**values)

@@ -32,7 +32,9 @@ def row_seed(seed: int, post_id: str, attempt: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{post_id}/{attempt}".encode()).digest()[:4], "big")
 
 
-def as_rationale(post: Post, source: Source, model: str, contract: Contract, answer: Answer, done: Completion, attempts: int, tokens: tuple[int, int]) -> Rationale:
+def as_rationale(
+    post: Post, source: Source, model: str, contract: Contract, answer: Answer, done: Completion, attempts: int, tokens: tuple[int, int]
+) -> Rationale:
     """The record of an answer; `tokens` (in, out) over all attempts."""
     texts = {s: answer.sections[s] for s in SECTIONS}
     return Rationale(

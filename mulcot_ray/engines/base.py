@@ -57,6 +57,9 @@ class Engine(Protocol):
 
     async def score(self, messages: Messages, image: Image.Image | None) -> Scores: ...
 
+    def check(self) -> None:
+        """Raises EngineError when the engine can answer no more."""
+
     def close(self) -> None: ...
 
 

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import pyarrow.parquet as pq
 from PIL import Image
@@ -30,7 +30,7 @@ IN_FLIGHT = 3  # chunks an actor works on at once: the tail of one is filled by 
 class Work(Protocol):
     """What is done with one post. Raises RowFault where the row is at fault. Must pickle."""
 
-    kind: type[Rationale] | type[Prediction]
+    kind: ClassVar[type[Rationale] | type[Prediction]]
 
     async def __call__(self, engine: Engine, post: Post, image: Image.Image | None) -> Rationale | Prediction: ...
 
@@ -90,10 +90,11 @@ def run_chunks(run: Run, posts: Manifest, split: Split | None, spec: EngineSpec,
             ChunkWorker,
             fn_constructor_args=(run.store, f"{posts.kind}/{posts.name}", run.prefix, split, spec, work),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(min_size=lo, max_size=hi, max_tasks_in_flight_per_actor=IN_FLIGHT),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=lo, max_size=hi, max_tasks_in_flight_per_actor=IN_FLIGHT, max_concurrent_calls_per_actor=IN_FLIGHT
+            ),
             num_cpus=spec.runtime.cpus,
             num_gpus=gpus,
-            max_concurrency=IN_FLIGHT,
             max_restarts=2,  # a row that kills its worker each time must not be tried for ever
             max_task_retries=2,
         )
@@ -191,5 +192,3 @@ def _cause(e: BaseException) -> BaseException:
             break
         e = inner
     return e
-
-

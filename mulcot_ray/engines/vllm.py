@@ -89,6 +89,10 @@ class VLLMEngine:
         p = [w / sum(weights) for w in weights]
         return Scores((p[0], p[1], p[2]), sum(math.exp(x) for x in logs), len(out.prompt_token_ids))
 
+    def check(self) -> None:
+        if self.llm.errored:
+            raise EngineError(f"the vLLM engine of {self.spec.model} has died; see the worker's log")
+
     def close(self) -> None:
         self.llm.shutdown()
 
@@ -102,6 +106,7 @@ class VLLMEngine:
         return ids, room
 
     async def _run(self, ids: list[int], image: Image.Image | None, params: Any) -> Any:
+        from vllm.exceptions import VLLMClientError
         from vllm.renderers.inputs.preprocess import parse_model_prompt
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -110,10 +115,12 @@ class VLLMEngine:
             prompt["multi_modal_data"] = {"image": image}
         try:
             (ready,) = await self.llm.renderer.render_cmpl_async([parse_model_prompt(self.llm.model_config, prompt)])
-            out = None
+            last = None
             async for out in self.llm.generate(ready, params, uuid.uuid4().hex):
-                pass
+                last = out
         except EngineDeadError as e:
             raise EngineError(f"the vLLM engine of {self.spec.model} has died; see the worker's log") from e
-        assert out is not None
-        return out
+        except VLLMClientError as e:
+            raise RowFault(Reason.ENGINE_ERROR, f"the engine refuses the row: {e}") from e
+        assert last is not None
+        return last

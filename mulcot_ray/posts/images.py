@@ -7,7 +7,6 @@ transparent, and resized. Only JPEG, PNG, WebP, GIF (first frame) and BMP are op
 from __future__ import annotations
 
 import io
-import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,8 @@ def open_image(data: bytes, side: int = 1024) -> Image.Image:
     if len(data) > MAX_BYTES:
         raise RowFault(Reason.IMAGE_TOO_LARGE, f"{len(data)} bytes, at most {MAX_BYTES}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            im: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        Image.MAX_IMAGE_PIXELS = None  # Pillow's limit is higher than ours, and warns in a way that threads cannot silence
+        im: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = im.size
         if width * height > MAX_PIXELS:
             raise RowFault(Reason.IMAGE_TOO_LARGE, f"{width}×{height} pixels, at most {MAX_PIXELS}")
@@ -48,9 +46,11 @@ def open_image(data: bytes, side: int = 1024) -> Image.Image:
         return im.convert("RGB")
     except RowFault:
         raise
-    except (OSError, SyntaxError, ValueError, KeyError, IndexError, TypeError, EOFError, Image.DecompressionBombError, MemoryError) as e:
+    except (OSError, SyntaxError, ValueError, KeyError, IndexError, TypeError, EOFError, MemoryError) as e:
         # Pillow's decoders raise whatever the broken bytes make them stumble over.
-        raise RowFault(Reason.IMAGE_UNREADABLE, f"{type(e).__name__}: {str(e)[:160]}") from e
+        # "cannot identify image file <_io.BytesIO object at 0x…>" would give away an address, and differ on each run
+        detail = str(e).partition(" <_io.")[0]
+        raise RowFault(Reason.IMAGE_UNREADABLE, f"{type(e).__name__}: {detail[:160]}") from e
 
 
 def prepare(data: bytes, side: int) -> Image.Image:

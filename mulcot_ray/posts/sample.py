@@ -96,7 +96,7 @@ def sample_posts(count: int, split: Split, seed: int) -> Iterator[Post]:
         feelings = [rng.choices(list(TEXT_WEIGHTS), list(TEXT_WEIGHTS.values()))[0] for _ in aspects]
         cues = [rng.choice([c for c, spec in CUES.items() if spec[0] is f]) for f in feelings]
         text = JOINERS[split].join(f"{rng.choice(CUES[c][column])} {a}" for c, a in zip(cues, aspects, strict=True))
-        text = ("RT @ user%d : " % rng.randint(1, 99) if rng.random() < 0.2 else "") + text + rng.choice(ENDINGS[split])
+        text = (f"RT @ user{rng.randint(1, 99)} : " if rng.random() < 0.2 else "") + text + rng.choice(ENDINGS[split])
         mood = rng.choices(list(IMAGE_WEIGHTS), list(IMAGE_WEIGHTS.values()))[0]
         kind = rng.choice(list(PICTURES))
         png = render(kind, mood, HUES[split], rng)
@@ -105,8 +105,24 @@ def sample_posts(count: int, split: Split, seed: int) -> Iterator[Post]:
             if made == count:
                 return
             label, relation = rule(feeling, mood)
-            meta = {"text_cue": cue, "text_sentiment": str(feeling), "image_cue": PICTURES[kind][mood], "image_sentiment": str(mood), "relation": relation}
-            yield Post(f"sample-{split}-{source:05d}-{i}", f"sample-{split}-{source:05d}", text, aspect, image_bytes=png, image_sha256=sha, label=label, split=split, meta=meta)
+            meta = {
+                "text_cue": cue,
+                "text_sentiment": str(feeling),
+                "image_cue": PICTURES[kind][mood],
+                "image_sentiment": str(mood),
+                "relation": relation,
+            }
+            yield Post(
+                f"sample-{split}-{source:05d}-{i}",
+                f"sample-{split}-{source:05d}",
+                text,
+                aspect,
+                image_bytes=png,
+                image_sha256=sha,
+                label=label,
+                split=split,
+                meta=meta,
+            )
             made += 1
 
 

@@ -14,7 +14,7 @@ from mulcot_ray.engines.chunks import Progress
 from mulcot_ray.errors import RowFault
 from mulcot_ray.prompts import Contract
 from mulcot_ray.recipe import Augment, Recipe, Runtime
-from mulcot_ray.records import Post, Rationale, Reason, Source, Split, Task
+from mulcot_ray.records import Post, Prediction, Rationale, Reason, Source, Split, Task
 from mulcot_ray.teaching.teach import write_rationales
 
 
@@ -27,7 +27,7 @@ class AugmentWork:
     seed: int
     model: str
 
-    kind: ClassVar[type[Rationale]] = Rationale
+    kind: ClassVar[type[Rationale] | type[Prediction]] = Rationale
 
     async def __call__(self, engine: Engine, post: Post, image: Image.Image | None) -> Rationale:
         if post.label is None:

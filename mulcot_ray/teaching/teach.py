@@ -20,7 +20,7 @@ from mulcot_ray.engines.chunks import Progress, run_chunks
 from mulcot_ray.errors import RowFault
 from mulcot_ray.prompts import Contract
 from mulcot_ray.recipe import Recipe, Runtime, Teach
-from mulcot_ray.records import Post, Rationale, Reason, Source, Split, Task
+from mulcot_ray.records import Post, Prediction, Rationale, Reason, Source, Split, Task
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TeachWork:
     seed: int
     model: str
 
-    kind: ClassVar[type[Rationale]] = Rationale
+    kind: ClassVar[type[Rationale] | type[Prediction]] = Rationale
 
     async def __call__(self, engine: Engine, post: Post, image: Image.Image | None) -> Rationale:
         if post.label is None:
@@ -58,7 +58,15 @@ class TeachWork:
 
 
 def teach(
-    store: Store, name: str, *, posts: str, recipe: Recipe, runtime: Runtime, split: Split = Split.TRAIN, progress: Progress, engine: EngineSpec | None = None
+    store: Store,
+    name: str,
+    *,
+    posts: str,
+    recipe: Recipe,
+    runtime: Runtime,
+    split: Split = Split.TRAIN,
+    progress: Progress,
+    engine: EngineSpec | None = None,
 ) -> tuple[Manifest, bool]:
     """Write rationales/NAME from posts/POSTS. Returns the manifest, and False where it was there already."""
     source = need(store, "posts", posts)
@@ -72,7 +80,15 @@ def teach(
 
 
 def write_rationales(
-    store: Store, name: str, posts: Manifest, split: Split, identity: dict[str, Any], engine: EngineSpec, work: Any, runtime: Runtime, progress: Progress
+    store: Store,
+    name: str,
+    posts: Manifest,
+    split: Split,
+    identity: dict[str, Any],
+    engine: EngineSpec,
+    work: Any,
+    runtime: Runtime,
+    progress: Progress,
 ) -> tuple[Manifest, bool]:
     """Run the work over the posts and commit the table, with counts by source, attempts and label, and tokens."""
     run = begin(store, "rationales", name, identity, {"rows_per_chunk": runtime.rows_per_chunk})
@@ -98,5 +114,3 @@ def _stats(store: Store, name: str) -> dict[str, Any]:
             tokens["in"] += r["tokens_in"]
             tokens["out"] += r["tokens_out"]
     return {**{k: dict(sorted(v.items())) for k, v in counts.items()}, "tokens": dict(tokens)}
-
-

@@ -16,7 +16,9 @@ from mulcot_ray.recipe import Train
 from mulcot_ray.training.model import build, load_processor, trainable
 
 
-def export(checkpoint: str, base: str, settings: Train, contract: Contract, store: Store, prefix: str, card: str, history: dict[str, Any]) -> dict[str, int]:
+def export(
+    checkpoint: str, base: str, settings: Train, contract: Contract, store: Store, prefix: str, card: str, history: dict[str, Any]
+) -> dict[str, int]:
     """Write the folder under the store; returns file sizes in bytes. Runs as a Ray task, in one plain process."""
     model = build(base, settings)
     content = {"model": trainable(model)}  # tensors of the model itself: loading fills them in place

@@ -135,7 +135,9 @@ class Trainer:
         """One optimizer step over this worker's rows; the losses are means over the answer tokens of the global batch."""
         micro = [self._examples(rows[i : i + self.job.micro_batch]) for i in range(0, len(rows), self.job.micro_batch)]
         lam = self.job.distill.lam if self.soft is not None else 0.0
-        counts = torch.tensor([[float(sum((e.labels[1:] != IGNORE).sum() for e in m[t])) for t in self.job.tasks] for m in micro], device=self.device).sum(0)
+        counts = torch.tensor(
+            [[float(sum((e.labels[1:] != IGNORE).sum() for e in m[t])) for t in self.job.tasks] for m in micro], device=self.device
+        ).sum(0)
         dist.all_reduce(counts)
         sums = torch.zeros(len(self.job.tasks), 2, device=self.device)
         for i, m in enumerate(micro):

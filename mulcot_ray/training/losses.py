@@ -45,7 +45,9 @@ class TaskLoss(torch.nn.Module):
         super().__init__()
         self.model, self.temperature = model, temperature
 
-    def forward(self, batch: dict[str, Tensor], soft_logits: Tensor | None = None, label_ids: list[int] | None = None) -> tuple[Tensor, Tensor] | Tensor:
+    def forward(
+        self, batch: dict[str, Tensor], soft_logits: Tensor | None = None, label_ids: list[int] | None = None
+    ) -> tuple[Tensor, Tensor] | Tensor:
         """(sum of CE, sum of T²·KL) over the answer tokens; with `label_ids`, instead, the logits [b, 3] of the label words."""
         hidden, targets = answer_positions(*hidden_states(self.model, batch))
         if label_ids is not None:

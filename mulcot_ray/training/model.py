@@ -69,4 +69,6 @@ def check_vocabularies(student: Any, assistant: Any) -> None:
     different = [(i, t, by_id[i]) for t, i in a.items() if i in by_id and by_id[i] != t]
     if different:
         i, mine, theirs = min(different)
-        raise TrainingError(f"the vocabularies differ in {len(different)} ids (first: {i} is {mine!r} for the student and {theirs!r} for the assistant)")
+        raise TrainingError(
+            f"the vocabularies differ in {len(different)} ids (first: {i} is {mine!r} for the student and {theirs!r} for the assistant)"
+        )

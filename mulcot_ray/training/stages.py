@@ -21,7 +21,9 @@ Progress = Callable[[int, int, dict[str, float]], None]  # step, steps in all, t
 BOTH = (Task.REASONING, Task.CLASSIFICATION)
 
 
-def assistant(store: Store, name: str, *, posts: str, rationales: list[str], recipe: Recipe, runtime: Runtime, progress: Progress) -> tuple[Manifest, bool]:
+def assistant(
+    store: Store, name: str, *, posts: str, rationales: list[str], recipe: Recipe, runtime: Runtime, progress: Progress
+) -> tuple[Manifest, bool]:
     """models/NAME: the assistant, on labels and the teacher's rationales (L_cls + L_rea)."""
     return train(store, name, posts, rationales, recipe.models.assistant, None, recipe.assistant, BOTH, recipe, runtime, progress)
 
@@ -44,7 +46,9 @@ def train(
 ) -> tuple[Manifest, bool]:  # fmt: skip
     """Train, take the best epoch by validation accuracy (then F1), export, commit. Returns False where it was there already."""
     if settings.global_batch % runtime.train_workers:
-        raise ConfigError(f"global_batch {settings.global_batch} of the recipe does not divide by train_workers {runtime.train_workers} of the runtime")
+        raise ConfigError(
+            f"global_batch {settings.global_batch} of the recipe does not divide by train_workers {runtime.train_workers} of the runtime"
+        )
     source = need(store, "posts", posts)
     tables = None if rationales is None else [need(store, "rationales", r) for r in rationales]
     folder, base_print = resolve_model(store, base)
@@ -86,7 +90,9 @@ def _fit(run: Run, job: Any, runtime: Runtime, progress: Progress) -> Manifest:
     trainer = TorchTrainer(
         worker,
         train_loop_config=replace(job, board=board),
-        scaling_config=ScalingConfig(num_workers=runtime.train_workers, use_gpu=runtime.device == "cuda", resources_per_worker={"CPU": runtime.train_cpus}),
+        scaling_config=ScalingConfig(
+            num_workers=runtime.train_workers, use_gpu=runtime.device == "cuda", resources_per_worker={"CPU": runtime.train_cpus}
+        ),
         torch_config=TorchConfig(backend="nccl" if runtime.device == "cuda" else "gloo"),
         run_config=RunConfig(
             name=work,
@@ -105,7 +111,9 @@ def _fit(run: Run, job: Any, runtime: Runtime, progress: Progress) -> Manifest:
         cause = _cause(e)
         if isinstance(cause, MulcotError):
             raise cause from e
-        raise TrainingError(f"training failed: {type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else ''}. Logs: {log_folder()}") from e
+        raise TrainingError(
+            f"training failed: {type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else ''}. Logs: {log_folder()}"
+        ) from e
     finally:
         stop.set()
         watcher.join()

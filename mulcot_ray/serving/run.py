@@ -1,0 +1,145 @@
+"""The endpoint from one command: Ray and Serve started, a token made where none is configured, all of it stopped at the end."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from mulcot_ray.artifacts import Store
+from mulcot_ray.cluster import log_folder, session
+from mulcot_ray.engines.base import EngineSpec
+from mulcot_ray.errors import ConfigError, EngineError
+from mulcot_ray.recipe import Recipe, Runtime
+from mulcot_ray.serving.app import application
+from mulcot_ray.serving.guards import configured_tokens, is_loopback
+
+APP = "mulcot"
+READY_S = 60.0  # from a running replica to the first answer through the proxy
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where it answers. `token` is one that it takes; None where it asks for none."""
+
+    url: str
+    token: str | None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}"} if self.token else {}
+
+
+def serve_model(
+    store: Store, model: str, recipe: Recipe, runtime: Runtime, *, host: str = "127.0.0.1", port: int = 8000, auth: bool = True,
+    say: Callable[[str], None] = print,
+) -> None:  # fmt: skip
+    """Serve until Ctrl-C or SIGTERM. Says the address, an example and, if it had to be made, the token. Raises ConfigError and EngineError."""
+    made = auth and not configured_tokens(os.environ)
+    say(f"Starting {model} …")
+    with serving(store, model, recipe, runtime, host=host, port=port, auth=auth) as endpoint:
+        # How systemd and containers stop it. The handler that Ray has set aborts and leaves the engine running.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        say(f"Serving {model} at {endpoint.url}. Ctrl-C stops it. Logs: {log_folder()}")
+        if made:
+            say(f"No token is configured (MULCOT_TOKENS_FILE, MULCOT_TOKENS); this one holds until the end: {endpoint.token}")
+        say(f"\nTry it:\n{example(endpoint, shown=made)}\n")
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            say("Stopping …")
+
+
+def example(endpoint: Endpoint, *, shown: bool) -> str:
+    """A request for a shell. A token of the user's own is not shown."""
+    token = f' -H "Authorization: Bearer {endpoint.token if shown else "$TOKEN"}"' if endpoint.token else ""
+    body = '{"text": "What a day at the beach!", "aspect": "beach", "explain": true}'
+    return f"curl {endpoint.url}/v1/sentiment{token} -H 'Content-Type: application/json' -d '{body}'"
+
+
+@contextmanager
+def serving(
+    store: Store, model: str, recipe: Recipe, runtime: Runtime, *, host: str = "127.0.0.1", port: int = 0, auth: bool = True,
+    engine: EngineSpec | None = None,
+) -> Iterator[Endpoint]:  # fmt: skip
+    """The endpoint for as long as the context is open, ready when it is entered. Port 0: any that is free.
+
+    Raises ConfigError (no tokens off loopback, port taken, Serve in use on the cluster joined) and EngineError (no replica started).
+    """
+    if not auth and not is_loopback(host):
+        raise ConfigError(f"--host {host} without tokens: --no-auth is for loopback (127.0.0.1) only; configure MULCOT_TOKENS_FILE")
+    tokens = (configured_tokens(os.environ) or [secrets.token_urlsafe(24)]) if auth else None
+    port = _free_port(host, port)
+    with session(runtime):
+        from ray import serve
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process; importing it sends INFO to the terminal
+        app = application(store, model, recipe, runtime, tokens, engine=engine)
+        if serve.status().applications:
+            raise ConfigError("this cluster serves already, and its address cannot be changed: use `serve deploy serve_config.yaml`")
+        try:
+            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port, "request_timeout_s": 120.0})
+            try:
+                serve.run(app, name=APP, route_prefix="/")
+            except RuntimeError as e:
+                raise EngineError(f"the endpoint did not start: {_reason(serve.status())}. Logs: {log_folder()}") from e
+            endpoint = Endpoint(f"http://{_reachable(host)}:{port}", tokens[0] if tokens else None)
+            _wait(endpoint.url)
+            yield endpoint
+        finally:
+            # Ray prints the planned end of Serve's controller on stdout, as a failed task.
+            with redirect_stdout(io.StringIO()):
+                serve.shutdown()
+
+
+def _free_port(host: str, port: int) -> int:
+    """The port, or a free one for 0. Serve itself binds with SO_REUSEPORT: it would share a taken port without a word."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((host, port))
+        except OSError as e:
+            raise ConfigError(f"cannot listen on {host} port {port}: {e.strerror or e}; choose another --port or --host") from e
+        return int(s.getsockname()[1])
+
+
+def _reachable(host: str) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+def _wait(url: str) -> None:
+    deadline = time.monotonic() + READY_S
+    fault = ""
+    with httpx.Client(trust_env=False, timeout=10) as client:  # a proxy of the environment is not for this machine
+        while time.monotonic() < deadline:
+            try:
+                answer = client.get(f"{url}/healthz")
+                if answer.status_code == 200:
+                    return
+                fault = f"status {answer.status_code}"
+            except httpx.TransportError as e:
+                fault = str(e)
+            time.sleep(0.2)
+    raise EngineError(f"{url} does not answer ({fault}). Logs: {log_folder()}")
+
+
+def _reason(status: Any) -> str:
+    """The error at the end of the traceback in Serve's report of the failed replicas, on one line."""
+    app = status.applications.get(APP)
+    report = "\n".join([app.message, *(d.message for d in app.deployments.values())]) if app else "no reason was given"
+    own = re.split(r"\bmulcot_ray\.errors\.\w+: ", report)
+    return " ".join(own[-1].split() if len(own) > 1 else report.splitlines()[-1:])[:500]
