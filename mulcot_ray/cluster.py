@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mulcot_ray.errors import ConfigError, EngineError
+from mulcot_ray import errors
+from mulcot_ray.errors import ConfigError, EngineError, MulcotError
 from mulcot_ray.recipe import Runtime
 
 # For every process of a session: no model hub, no usage reports, and the CPU thread count that our engines are measured with.
@@ -102,3 +104,21 @@ def log_folder() -> str:
 
     node = ray._private.worker._global_node
     return str(node.get_logs_dir_path()) if node is not None else "the cluster's log folder"
+
+
+def own_error(e: BaseException) -> MulcotError | None:
+    """Our own error behind Ray's wrappers, which keep it as text only: the last "mulcot_ray.errors.NAME: message" in the chain."""
+    found: list[tuple[str, str]] = []
+    seen: set[int] = set()
+    at: BaseException | None = e
+    while at is not None and id(at) not in seen:
+        if isinstance(at, MulcotError):
+            return at
+        seen.add(id(at))
+        texts = [str(at), *(str(x) for x in getattr(at, "worker_failures", {}).values())]
+        found += [m for t in texts for m in re.findall(r"mulcot_ray\.errors\.(\w+): (.+)", t)]
+        at = getattr(at, "cause", None) or at.__cause__
+    if not found:
+        return None
+    kind = getattr(errors, found[-1][0], EngineError)
+    return kind(found[-1][1]) if issubclass(kind, MulcotError) else None

@@ -125,6 +125,7 @@ class Runtime(Frozen):
     train_workers: int = Field(2, ge=1)
     train_cpus: float = Field(1, ge=0)  # per worker
     micro_batch: int = Field(8, ge=1)  # posts in one forward pass of one worker
+    reshard: bool = True  # free gathered weights after each use; False: keep them for the step, where memory allows
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
 
 

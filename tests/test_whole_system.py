@@ -147,7 +147,13 @@ def test_9_endpoint_gives_the_label_of_the_bulk_labeler(root):
         with httpx.Client(base_url=endpoint.url, timeout=60, trust_env=False) as client:
             assert client.post("/v1/sentiment", json={"text": "x"}).status_code == 401
             for i, post in enumerate(posts):
-                body = {"id": post.post_id, "text": post.text, "aspect": post.aspect, "image": base64.b64encode(post.image_bytes).decode(), "explain": i == 0}
+                body = {
+                    "id": post.post_id,
+                    "text": post.text,
+                    "aspect": post.aspect,
+                    "image": base64.b64encode(post.image_bytes).decode(),
+                    "explain": i == 0,
+                }
                 answer = client.post("/v1/sentiment", json=body, headers=endpoint.headers).json()
                 assert answer["label"] == said[post.post_id].label
                 for name, p in answer["probabilities"].items():

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mulcot_ray.artifacts import Manifest, Run, Store
-from mulcot_ray.cluster import log_folder, session
+from mulcot_ray.cluster import log_folder, own_error, session
 from mulcot_ray.engines.base import Engine, EngineSpec, open_engine
-from mulcot_ray.errors import ConservationError, EngineError, InputError, MulcotError, RowFault
+from mulcot_ray.errors import ConservationError, EngineError, InputError, RowFault
 from mulcot_ray.posts.images import post_image
 from mulcot_ray.recipe import Runtime
 from mulcot_ray.records import Post, Prediction, Rationale, Reject, Split, from_row, to_table
@@ -102,13 +102,8 @@ def run_chunks(run: Run, posts: Manifest, split: Split | None, spec: EngineSpec,
             for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
                 done, rejects = done + int(sum(batch["rows"])), rejects + int(sum(batch["rejects"]))
                 progress(done, total, rejects)
-        except MulcotError:
-            raise
         except Exception as e:
-            cause = _cause(e)
-            if isinstance(cause, MulcotError):
-                raise cause from e
-            raise EngineError(f"the workers failed: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}. Logs: {log_folder()}") from e
+            raise own_error(e) or EngineError(f"the workers failed: {type(e).__name__}. Logs: {log_folder()}") from e
     if done != total:
         raise ConservationError(f"{run.prefix}: {total} rows planned, {done} accounted for. Nothing is published; please report this.")
     return total
@@ -180,15 +175,3 @@ def runtime_replicas(spec: EngineSpec, chunks: int) -> tuple[int, int]:
     lo, hi = (r, r) if isinstance(r, int) else r
     hi = max(1, min(hi, chunks))
     return min(lo, hi), hi
-
-
-def _cause(e: BaseException) -> BaseException:
-    """The error behind Ray's wrappers."""
-    seen: set[int] = set()
-    while id(e) not in seen:
-        seen.add(id(e))
-        inner = getattr(e, "cause", None) or e.__cause__
-        if not isinstance(inner, BaseException):
-            break
-        e = inner
-    return e

@@ -44,7 +44,9 @@ class VLLMEngine:
         )  # fmt: skip
         if cpu:
             # The CPU default of 128 tokens a block leaves nothing of a short prompt to share; 16 fails.
-            options |= {"block_size": 32, "distributed_executor_backend": "uni"}
+            # Prompts whole: a seeded request whose prompt is cut over two steps kills the engine ("CPU Generator does not use offset").
+            whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, s.max_model_len)}
+            options |= {"block_size": 32, "distributed_executor_backend": "uni", **whole}
         if r.kv_cache_mb is not None:
             options["kv_cache_memory_bytes"] = r.kv_cache_mb << 20
         try:

@@ -25,7 +25,7 @@ from mulcot_ray.prompts import Contract, label_token_ids
 from mulcot_ray.recipe import Distill, Train
 from mulcot_ray.records import LABELS, Post, Rationale, Sentiment, Task
 from mulcot_ray.training.data import Index, batches, row_key, steps
-from mulcot_ray.training.examples import IGNORE, Example, collate, encode_picture, supervised
+from mulcot_ray.training.examples import IGNORE, Example, Picture, collate, encode_picture, supervised
 from mulcot_ray.training.losses import AnswerLogits, TaskLoss, core
 from mulcot_ray.training.model import build, check_vocabularies, load, load_processor, shard, trainable
 
@@ -48,6 +48,7 @@ class Job:
     device: str
     micro_batch: int
     checkpointing: bool
+    reshard: bool
     board: Any = None  # a progress actor, or None
 
 
@@ -99,13 +100,13 @@ class Trainer:
         self.image_token = core(model).config.image_token_id  # type: ignore[union-attr]
         self.label_ids = label_token_ids(self.processor.tokenizer, job.contract)
         self.loss = TaskLoss(model.to(self.device), job.distill.temperature).train()
-        shard(self.loss, job.device, job.dtype)
+        shard(self.loss, job.device, job.dtype, job.reshard)
         self.soft: AnswerLogits | None = None
         if job.assistant is not None:
             check_vocabularies(self.processor.tokenizer, load_processor(job.assistant).tokenizer)
             # eval(): the authors' assistant keeps its dropout on, and the soft labels their noise
             self.soft = AnswerLogits(load(job.assistant).to(self.device)).eval().requires_grad_(False)
-            shard(self.soft, job.device, job.dtype)
+            shard(self.soft, job.device, job.dtype, job.reshard)
         self.parameters = [p for p in self.loss.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=s.lr, weight_decay=s.weight_decay)
         self.blank = self._blank()
@@ -144,6 +145,7 @@ class Trainer:
             for j, task in enumerate(self.job.tasks):
                 last = i == len(micro) - 1 and j == len(self.job.tasks) - 1
                 self.loss.set_requires_gradient_sync(last)  # type: ignore[operator]
+                self.loss.set_reshard_after_backward(last or self.job.reshard)  # type: ignore[operator]
                 batch = self._batch(m[task])
                 soft = self.soft(batch) if self.soft is not None else None
                 hard, kl = self.loss(batch, soft)
@@ -222,7 +224,8 @@ class Trainer:
         for i in rows:
             post, rationale = self.job.train.fetch(int(i))
             try:
-                pair = {t: self._example(t, post, rationale) for t in self.job.tasks}
+                picture = self._picture(post)
+                pair = {t: self._example(t, post, rationale, picture) for t in self.job.tasks}
             except RowFault:
                 self.state.skipped += 1  # too long or unreadable: counted, and told in the model's card
                 continue
@@ -230,9 +233,11 @@ class Trainer:
                 made[t].append(e)
         return made
 
-    def _example(self, task: Task, post: Post, rationale: Rationale | None) -> Example:
+    def _picture(self, post: Post) -> Picture | None:
         image = post_image(post, self.job.contract.image.side)
-        picture = encode_picture(self.processor, image) if image is not None else None
+        return encode_picture(self.processor, image) if image is not None else None
+
+    def _example(self, task: Task, post: Post, rationale: Rationale | None, picture: Picture | None) -> Example:
         gold = _gold(post)
         answer = self.job.contract.answer(task, gold, rationale if task is Task.REASONING else None)
         return supervised(self.processor, self.job.contract, task, post, gold, answer, picture, self.job.max_model_len)
@@ -248,9 +253,10 @@ class Trainer:
 
     def _classify(self, post: Post, _: Rationale | None) -> Example:
         try:
-            return self._example(Task.CLASSIFICATION, post, None)
-        except RowFault:
-            return self._example(Task.CLASSIFICATION, Post(post.post_id, post.source_id, "-", post.aspect, label=post.label), None)
+            return self._example(Task.CLASSIFICATION, post, None, self._picture(post))
+        except RowFault:  # too long or unreadable: the label has to be found without it
+            bare = Post(post.post_id, post.source_id, "-", post.aspect, label=post.label)
+            return self._example(Task.CLASSIFICATION, bare, None, None)
 
     def _batch(self, examples: list[Example]) -> dict[str, Tensor]:
         if not any(e.picture for e in examples):

@@ -42,14 +42,21 @@ def _with_lora(model: Any, lora: Lora) -> Any:
     return get_peft_model(model, config)
 
 
-def shard(wrapper: nn.Module, device: str, dtype: str) -> None:
-    """FSDP2 in place: each decoder layer and vision block is a unit, and the rest (embeddings, output layer) one more."""
+def shard(wrapper: nn.Module, device: str, dtype: str, reshard: bool) -> None:
+    """FSDP2 in place: each decoder layer and vision block is a unit, and the rest (embeddings, output layer) one more.
+
+    `reshard` False keeps the gathered weights for the whole optimizer step: more memory, one gather instead of four.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     half = torch.bfloat16 if dtype == "bfloat16" else None
-    options: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)}
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "reshard_after_forward": reshard,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None),
+    }
     inner = core(wrapper.model).model  # type: ignore[union-attr, arg-type]
     for block in (*inner.language_model.layers, *inner.visual.blocks):  # type: ignore[union-attr, misc]
         fully_shard(block, **options)

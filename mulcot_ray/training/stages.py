@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mulcot_ray.artifacts import Manifest, Run, Store, begin, need, resolve_model
-from mulcot_ray.cluster import log_folder, session
-from mulcot_ray.errors import ConfigError, MulcotError, TrainingError
+from mulcot_ray.cluster import log_folder, own_error, session
+from mulcot_ray.errors import ConfigError, TrainingError
 from mulcot_ray.prompts import digest
 from mulcot_ray.recipe import Recipe, Runtime, Train
 from mulcot_ray.records import Split, Task
@@ -70,7 +70,7 @@ def train(
     job = Job(
         str(folder), str(soft[0]) if soft else None, settings, recipe.distill, recipe.contract, tasks, index(store, source, Split.TRAIN, tables),
         index(store, source, Split.VALIDATION, None) if has_validation else None, recipe.seed, recipe.dtype, recipe.max_model_len, runtime.device,
-        runtime.micro_batch, runtime.checkpointing,
+        runtime.micro_batch, runtime.checkpointing, runtime.reshard,
     )  # fmt: skip
     with run, session(runtime):
         return _fit(run, job, runtime, progress), True
@@ -108,12 +108,7 @@ def _fit(run: Run, job: Any, runtime: Runtime, progress: Progress) -> Manifest:
     try:
         result = trainer.fit()
     except Exception as e:
-        cause = _cause(e)
-        if isinstance(cause, MulcotError):
-            raise cause from e
-        raise TrainingError(
-            f"training failed: {type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else ''}. Logs: {log_folder()}"
-        ) from e
+        raise own_error(e) or TrainingError(f"training failed: {type(e).__name__}. Logs: {log_folder()}") from e
     finally:
         stop.set()
         watcher.join()
@@ -171,18 +166,6 @@ def _remove(store: Store, key: str) -> None:
             store.delete(f"{key}/{name}")
     else:
         shutil.rmtree(store.path(key), ignore_errors=True)
-
-
-def _cause(e: BaseException) -> BaseException:
-    """The workers' own error inside Ray Train's."""
-    failures = getattr(e, "worker_failures", None)
-    if failures:
-        e = next(iter(failures.values()))
-    while True:
-        inner = getattr(e, "cause", None) or getattr(e, "_cause", None) or e.__cause__
-        if not isinstance(inner, BaseException) or inner is e:
-            return e
-        e = inner
 
 
 def _card(run: Run, job: Any, metrics: dict[str, Any]) -> str:
