@@ -143,23 +143,25 @@ def test_9_endpoint_gives_the_label_of_the_bulk_labeler(root):
     store = Store(str(root))
     said = {p.post_id: p for p in (from_row(Prediction, r) for r in read_rows(store, need(store, "predictions", "by-student")))}
     posts = [p for p in (from_row(Post, r) for r in read_rows(store, need(store, "posts", "sample"))) if p.split is Split.TEST][:12]
-    with serving(store, "student", load_recipe("tiny"), load_runtime("laptop")) as endpoint:
-        with httpx.Client(base_url=endpoint.url, timeout=60, trust_env=False) as client:
-            assert client.post("/v1/sentiment", json={"text": "x"}).status_code == 401
-            for i, post in enumerate(posts):
-                body = {
-                    "id": post.post_id,
-                    "text": post.text,
-                    "aspect": post.aspect,
-                    "image": base64.b64encode(post.image_bytes).decode(),
-                    "explain": i == 0,
-                }
-                answer = client.post("/v1/sentiment", json=body, headers=endpoint.headers).json()
-                assert answer["label"] == said[post.post_id].label
-                for name, p in answer["probabilities"].items():
-                    assert p == pytest.approx(getattr(said[post.post_id], name), abs=1e-4)
-                if i == 0:
-                    assert (answer["rationale"] is None) != (answer["rationale_fault"] is None)
+    with (
+        serving(store, "student", load_recipe("tiny"), load_runtime("laptop")) as endpoint,
+        httpx.Client(base_url=endpoint.url, timeout=60, trust_env=False) as client,
+    ):
+        assert client.post("/v1/sentiment", json={"text": "x"}).status_code == 401
+        for i, post in enumerate(posts):
+            body = {
+                "id": post.post_id,
+                "text": post.text,
+                "aspect": post.aspect,
+                "image": base64.b64encode(post.image_bytes).decode(),
+                "explain": i == 0,
+            }
+            answer = client.post("/v1/sentiment", json=body, headers=endpoint.headers).json()
+            assert answer["label"] == said[post.post_id].label
+            for name, p in answer["probabilities"].items():
+                assert p == pytest.approx(getattr(said[post.post_id], name), abs=1e-4)
+            if i == 0:
+                assert (answer["rationale"] is None) != (answer["rationale_fault"] is None)
 
 
 @pytest.mark.skipif(not (DATA / "t15" / "dev.tsv").exists(), reason="the Twitter-2015 posts are not here (MULCOT_DATA)")
