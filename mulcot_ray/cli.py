@@ -255,8 +255,15 @@ def serve(
 
 def run_job(stage: str) -> NoReturn:
     """Entry of jobs/STAGE.py: the command of that name with the job's arguments."""
-    sys.argv[0] = f"jobs/{stage}.py"
-    app([stage, *sys.argv[1:]])
+    main([stage, *sys.argv[1:]])
+
+
+def main(words: list[str] | None = None) -> NoReturn:
+    """The program: our own errors as one line and exit code 1, whatever command they come from."""
+    try:
+        app(words)
+    except MulcotError as e:
+        sys.exit(_exit(e).exit_code)
     raise AssertionError("typer exits")
 
 
@@ -271,7 +278,7 @@ def _stage(root: str, log: str) -> Iterator[Store]:
         store = Store(root)
         folder = Path(store.base) / "logs" if not store.is_s3 else Path(tempfile.gettempdir()) / f"mulcot-{os.getuid()}" / "logs"
         try:
-            path = log_to(folder, log)
+            path = log_to(folder, "".join(c if c.isalnum() or c in "._-" else "_" for c in log))
         except OSError as e:
             raise ConfigError(f"--root {root!r}: cannot write there: {e}") from e
         yield store
@@ -365,4 +372,4 @@ def _ratios(text: str | None) -> tuple[int, int, int] | None:
 
 
 if __name__ == "__main__":
-    app()
+    main()

@@ -22,12 +22,12 @@ QUIET_SECONDS = 10.0  # between progress lines where there is no terminal (a job
 def _bar(title: str, total: int | None) -> Iterator[Callable[[int, int | None, str], None]]:
     """A progress bar on a terminal, a line every few seconds elsewhere. Called with (done, total, note)."""
     if not console.is_terminal:
-        last, started = 0.0, time.time()
+        last, said, started = 0.0, "", time.time()
 
         def line(done: int, of: int | None, note: str) -> None:
-            nonlocal last
-            if time.time() - last >= QUIET_SECONDS or done == of:
-                last = time.time()
+            nonlocal last, said
+            if (time.time() - last >= QUIET_SECONDS or done == of) and said != (now := f"{done}/{of} {note}"):
+                last, said = time.time(), now
                 console.print(f"{title}: {done}/{of or '?'} {note} ({last - started:.0f} s)", soft_wrap=True)
 
         yield line

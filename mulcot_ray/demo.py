@@ -36,7 +36,7 @@ def run_demo(store: Store, recipe: Recipe, runtime: Runtime, train: int) -> None
         manifest, fresh = done
         seconds[stage] = round(seconds.get(stage, 0.0) + manifest.seconds, 1)
         what = f"{manifest.seconds:6.1f} s" if fresh else "already done"
-        console.print(f"[green]✓[/] {manifest.kind}/{manifest.name:<22} {what:>12}   {_line(manifest)}")
+        console.print(f"[green]✓[/] {manifest.kind}/{manifest.name:<22} {what:>12}   {_line(manifest)}", soft_wrap=True)
         return manifest
 
     common: dict[str, Any] = {"recipe": recipe, "runtime": runtime}
@@ -208,7 +208,7 @@ def _show(store: Store, summary: dict[str, Any]) -> None:
     ):
         table.add_row(name, f"{a[key]:.3f}", remark, style="bold" if key == "student" else None)
     console.print(table)
-    console.print(f"{summary['seconds']['total']:.0f} s in all; report: {store.root}/report.html, figures: {store.root}/summary.json")
+    console.print(f"{summary['seconds']['total']:.0f} s in all; report: {store.root}/report.html, figures: {store.root}/summary.json", soft_wrap=True)
     console.print(
         f"Next: [bold]mulcot serve --root {store.root} --model student[/], or your own posts: [bold]mulcot import POSTS.jsonl --format jsonl --name mine --root {store.root}[/]",
         soft_wrap=True,

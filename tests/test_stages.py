@@ -75,7 +75,7 @@ def test_teach(sample_store, runtime, ray_session):
     for r in kept:
         gold = posts[r.post_id].label
         assert r.prediction is gold and (r.source is Source.PREDICTED) == (gold is Sentiment.POSITIVE) == (r.attempts == 1)
-    assert {r.reason for r in rejects} == {"label_mismatch"} and all("4 attempts" in r.detail and r.raw for r in rejects)
+    assert {(r.stage, r.reason) for r in rejects} == {("teach", "label_mismatch")} and all("4 attempts" in r.detail and r.raw for r in rejects)
     assert manifest.rejects_by_reason == {"label_mismatch": len(rejects)} and len(rejects) > 0
     assert sum(manifest.stats["sources"].values()) == manifest.rows
     again, fresh = teach(sample_store, "t", posts="sample", recipe=RECIPE, runtime=runtime, progress=quiet, engine=engine())

@@ -88,7 +88,7 @@ def run_chunks(run: Run, posts: Manifest, split: Split | None, spec: EngineSpec,
         gpus = spec.runtime.tensor_parallel * spec.runtime.pipeline_parallel if spec.device == "cuda" and spec.backend == "vllm" else 0
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             ChunkWorker,
-            fn_constructor_args=(run.store, f"{posts.kind}/{posts.name}", run.prefix, split, spec, work),
+            fn_constructor_args=(run.store, f"{posts.kind}/{posts.name}", run.prefix, run.identity["stage"], split, spec, work),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
                 min_size=lo, max_size=hi, max_tasks_in_flight_per_actor=IN_FLIGHT, max_concurrent_calls_per_actor=IN_FLIGHT
@@ -112,8 +112,8 @@ def run_chunks(run: Run, posts: Manifest, split: Split | None, spec: EngineSpec,
 class ChunkWorker:
     """The Ray Data actor: one engine, several chunks at a time."""
 
-    def __init__(self, store: Store, source: str, target: str, split: Split | None, spec: EngineSpec, work: Work) -> None:
-        self.store, self.source, self.target, self.split, self.work = store, source, target, split, work
+    def __init__(self, store: Store, source: str, target: str, stage: str, split: Split | None, spec: EngineSpec, work: Work) -> None:
+        self.store, self.source, self.target, self.stage, self.split, self.work = store, source, target, stage, split, work
         self.side = spec.contract.image.side
         self.engine = open_engine(spec)
         # Enough rows in flight to fill the engine's batch and its queue, few enough that decoded pictures stay few.
@@ -143,7 +143,7 @@ class ChunkWorker:
                 image = await asyncio.to_thread(post_image, post, self.side)
                 return await self.work(self.engine, post, image)
             except RowFault as f:
-                return Reject(post.post_id, self.target.partition("/")[0], f.reason, f.detail, f.raw)
+                return Reject(post.post_id, self.stage, f.reason, f.detail, f.raw)
 
     def _read(self, chunk: Chunk) -> list[Post]:
         """The chunk's rows, from the row groups that hold them; other splits' rows are passed over."""
