@@ -61,6 +61,7 @@ class Train(Frozen):
     lora: Lora | None = None
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    beta2: float = Field(0.999, gt=0, lt=1)  # of AdamW; lower forgets old gradients sooner, and spikes less at a high lr
     global_batch: int = Field(gt=0)  # posts per optimizer step
     epochs: int = Field(gt=0)
     schedule: Literal["plateau", "cosine"]  # plateau: halve lr after 2 epochs without a better validation accuracy

@@ -108,7 +108,7 @@ class Trainer:
             self.soft = AnswerLogits(load(job.assistant).to(self.device)).eval().requires_grad_(False)
             shard(self.soft, job.device, job.dtype, job.reshard)
         self.parameters = [p for p in self.loss.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=s.lr, weight_decay=s.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=s.lr, betas=(0.9, s.beta2), weight_decay=s.weight_decay)
         self.blank = self._blank()
         self.total = steps(len(job.train), s.epochs, s.global_batch)
         if self.total == 0:
