@@ -24,7 +24,7 @@ def test_recipes_are_frozen():
     [
         ("base: tiny\nseeed: 1\n", "seeed: Extra inputs are not permitted"),
         ("base: tiny\nstudent: {lr: -1}\n", "student.lr: Input should be greater than 0"),
-        ("base: tiny\nstudent: {method: lora}\n", "needs a `lora` section"),
+        ("base: tiny\nstudent: {method: full}\n", "needs a `lora` section"),
         ("base: tiny\ncontract: {base: tiny, image: {side: 100}}\n", "contract.image.side: Input should be a multiple of 28"),
         ("base: nope\n", "no recipe 'nope'"),
         ("just text", "holds no settings"),

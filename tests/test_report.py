@@ -98,7 +98,7 @@ class Strict(HTMLParser):
 
 def render(tmp_path: Path, data: dict[str, Any]) -> tuple[str, Strict]:
     target = tmp_path / "new" / "report.html"
-    target.parent.mkdir()
+    target.parent.mkdir(parents=True)
     target.write_text(demo_report(**data), encoding="utf-8")
     html = target.read_text(encoding="utf-8")
     parser = Strict()
