@@ -208,6 +208,14 @@ class Run:
         key = f"{self.prefix}/{'rejects/' if rejects else ''}{part}.parquet"
         return self.store.create(key, parquet_bytes(table, rows_per_group))
 
+    def written(self, columns: list[str]) -> Iterator[dict[str, Any]]:
+        """Rows of the parts written so far, streamed: for the statistics of a table that has no manifest yet."""
+        for name in self.store.files(self.prefix):
+            if name.endswith(".parquet") and "/" not in name:
+                with pq.ParquetFile(self.store.path(f"{self.prefix}/{name}"), filesystem=self.store.fs) as f:
+                    for batch in f.iter_batches(columns=columns):
+                        yield from batch.to_pylist()
+
     def commit(self, rows_in: int, *, stats: Mapping[str, Any] | None = None) -> Manifest:
         """Check that no row was lost and write the manifest, last. Raises ConservationError."""
         files: dict[str, dict[str, Any]] = {}

@@ -200,7 +200,7 @@ def _show(store: Store, summary: dict[str, Any]) -> None:
         ("teacher", "teacher", "writes the whole answer"),
         ("assistant", "assistant", "trained on labels and the teacher's rationales"),
         ("student", "student", "trained on labels, both rationales, soft labels"),
-        ("labels_only", "student, labels only", "the same base and steps, without rationales"),
+        ("labels_only", "student, labels only", "the same base and epochs, without rationales"),
         ("student_before", "student before training", "the base as it ships"),
         ("image_only", "image only", "the best possible with one modality"),
         ("text_only", "text only", "the best possible with one modality"),

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 import pyarrow.parquet as pq
 from PIL import Image
 
-from mulcot_ray.artifacts import Manifest, Run, Store
+from mulcot_ray.artifacts import Manifest, Run, Store, parquet_bytes
 from mulcot_ray.cluster import log_folder, own_error, session
 from mulcot_ray.engines.base import Engine, EngineSpec, open_engine
 from mulcot_ray.errors import ConservationError, EngineError, InputError, RowFault
@@ -159,8 +159,6 @@ class ChunkWorker:
         return [p for p in posts if self.split is None or p.split is self.split]
 
     def _commit(self, chunk: Chunk, kept: list[Any], rejected: list[Reject], facts: dict[str, Any]) -> None:
-        from mulcot_ray.artifacts import parquet_bytes
-
         key = f"{self.target}/rejects/{chunk.part}.parquet"
         if rejected:
             self.store.write(key, parquet_bytes(to_table(Reject, rejected)))

@@ -31,14 +31,5 @@ def label(
     work = LabelWork(recipe.contract, mode, recipe.explain_tokens, recipe.seed, model)
     with run:
         total = run_chunks(run, source, split, engine or spec(recipe, runtime, role, str(folder)), work, runtime, progress)
-        return run.commit(total, stats={"labels": _labels(store, name), "mode": mode, "model": model}), True
-
-
-def _labels(store: Store, name: str) -> dict[str, int]:
-    import pyarrow.dataset as ds
-
-    files = [store.path(f"predictions/{name}/{f}") for f in store.files(f"predictions/{name}") if f.endswith(".parquet") and "/" not in f]
-    counts: Counter[str] = Counter()
-    for batch in ds.dataset(files, filesystem=store.fs).to_batches(columns=["label"]):
-        counts.update(batch["label"].to_pylist())
-    return dict(sorted(counts.items()))
+        labels = Counter(r["label"] for r in run.written(["label"]))
+        return run.commit(total, stats={"labels": dict(sorted(labels.items())), "mode": mode, "model": model}), True

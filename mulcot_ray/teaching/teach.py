@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from mulcot_ray.artifacts import Manifest, Store, begin, need, resolve_model
+from mulcot_ray.artifacts import Manifest, Run, Store, begin, need, resolve_model
 from mulcot_ray.engines.ask import as_rationale, ask, row_seed
 from mulcot_ray.engines.base import Engine, EngineSpec, Sampling, spec
 from mulcot_ray.engines.chunks import Progress, run_chunks
@@ -96,21 +96,16 @@ def write_rationales(
         return run, False
     with run:
         total = run_chunks(run, posts, split, engine, work, runtime, progress)
-        return run.commit(total, stats=_stats(store, name)), True
+        return run.commit(total, stats=_stats(run)), True
 
 
-def _stats(store: Store, name: str) -> dict[str, Any]:
-    """Counts over the parts just written (there is no manifest yet to read them by)."""
-    import pyarrow.dataset as ds
-
-    files = [store.path(f"rationales/{name}/{f}") for f in store.files(f"rationales/{name}") if f.endswith(".parquet") and "/" not in f]
+def _stats(run: Run) -> dict[str, Any]:
     counts: dict[str, Counter[str]] = {"sources": Counter(), "labels": Counter(), "attempts": Counter()}
     tokens: Counter[str] = Counter()
-    for batch in ds.dataset(files, filesystem=store.fs).to_batches(columns=["source", "prediction", "attempts", "tokens_in", "tokens_out"]):
-        for r in batch.to_pylist():
-            counts["sources"][r["source"]] += 1
-            counts["labels"][r["prediction"]] += 1
-            counts["attempts"][str(r["attempts"])] += 1
-            tokens["in"] += r["tokens_in"]
-            tokens["out"] += r["tokens_out"]
+    for r in run.written(["source", "prediction", "attempts", "tokens_in", "tokens_out"]):
+        counts["sources"][r["source"]] += 1
+        counts["labels"][r["prediction"]] += 1
+        counts["attempts"][str(r["attempts"])] += 1
+        tokens["in"] += r["tokens_in"]
+        tokens["out"] += r["tokens_out"]
     return {**{k: dict(sorted(v.items())) for k, v in counts.items()}, "tokens": dict(tokens)}
