@@ -16,13 +16,14 @@ import time
 
 from PIL import Image
 
-from mulcot_ray.artifacts import Store, need, read_rows, resolve_model
+from mulcot_ray.artifacts import need, read_rows, resolve_model
 from mulcot_ray.cluster import session
 from mulcot_ray.labeling.label import label
 from mulcot_ray.posts.images import prepare
 from mulcot_ray.posts.importing import import_sample
 from mulcot_ray.recipe import load_recipe, load_runtime
 from mulcot_ray.records import Post, Task, from_row
+from mulcot_ray.storage import Store
 
 RECIPE, RUNTIME = load_recipe("tiny"), load_runtime("laptop")
 

@@ -13,11 +13,12 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from mulcot_ray.artifacts import Manifest, Store, need
+from mulcot_ray.artifacts import Manifest, need
 from mulcot_ray.console import console, counter, log_to, rows, training
 from mulcot_ray.errors import ConfigError, MulcotError
 from mulcot_ray.recipe import Recipe, Runtime, load_recipe, load_runtime
 from mulcot_ray.records import Split
+from mulcot_ray.storage import Store
 
 app = typer.Typer(
     no_args_is_help=True,

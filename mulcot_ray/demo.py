@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 from rich.table import Table
 
-from mulcot_ray.artifacts import Manifest, Store, begin, need, read_rows, versions
+from mulcot_ray.artifacts import Manifest, begin, need, read_rows, versions
 from mulcot_ray.cluster import session
 from mulcot_ray.console import console, counter, quiet_libraries, rows, training
 from mulcot_ray.errors import EngineError
@@ -20,6 +20,7 @@ from mulcot_ray.posts.importing import import_sample
 from mulcot_ray.posts.sample import best_single_modality
 from mulcot_ray.recipe import Recipe, Runtime
 from mulcot_ray.records import LABELS, SECTIONS, Post, Prediction, Split, from_row
+from mulcot_ray.storage import Store
 from mulcot_ray.teaching.augment import augment
 from mulcot_ray.teaching.teach import teach
 from mulcot_ray.training.stages import assistant, labels_only, student

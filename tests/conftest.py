@@ -84,8 +84,8 @@ def ray_session(runtime):
 @pytest.fixture(scope="session")
 def sample_store(tmp_path_factory):
     """A store with 96 + 24 + 48 sample posts as posts/sample."""
-    from mulcot_ray.artifacts import Store
     from mulcot_ray.posts.importing import import_sample
+    from mulcot_ray.storage import Store
 
     store = Store(str(tmp_path_factory.mktemp("sample")))
     import_sample(store, "sample", train=96, validation=24, test=48, seed=42)

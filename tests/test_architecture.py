@@ -11,7 +11,7 @@ ROOT = Path(mulcot_ray.__file__).parent
 # Each layer may import itself and those above it in this list. Stages import no other stage.
 LAYERS = [
     {"errors", "records"},
-    {"prompts", "recipe", "artifacts", "cluster", "console"},
+    {"prompts", "recipe", "storage", "artifacts", "cluster", "console"},
     {"posts", "engines"},
     {"teaching", "training", "evaluation", "labeling", "serving"},
     {"cli", "demo"},

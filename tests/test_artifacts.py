@@ -8,9 +8,10 @@ import time
 import pytest
 
 from mulcot_ray import artifacts
-from mulcot_ray.artifacts import Manifest, Run, Store, begin, find, need, read_rows, resolve_model
+from mulcot_ray.artifacts import Manifest, Run, begin, find, need, read_rows, resolve_model
 from mulcot_ray.errors import ArtifactMissing, Busy, ConfigError, ConservationError, RecipeChanged
 from mulcot_ray.records import Prediction, Reason, Reject, Sentiment, from_row, to_table
+from mulcot_ray.storage import Store
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mulcot_ray.artifacts import Run, Store, begin, find, need
+from mulcot_ray.artifacts import Run, begin, find, need
 from mulcot_ray.errors import ArtifactMissing, ConfigError, InputError, RecipeChanged
 from mulcot_ray.evaluation.evaluate import evaluate
 from mulcot_ray.evaluation.show import show
 from mulcot_ray.prompts import Contract
 from mulcot_ray.recipe import load_recipe
 from mulcot_ray.records import Post, Prediction, Rationale, Reason, Reject, Sentiment, Source, Split, to_table
+from mulcot_ray.storage import Store
 
 NEG, NEU, POS = Sentiment.NEGATIVE, Sentiment.NEUTRAL, Sentiment.POSITIVE
 CONTRACT = load_recipe("tiny").contract

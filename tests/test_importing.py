@@ -20,12 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mulcot_ray.artifacts import Manifest, Store, begin, find, need, read_rows
+from mulcot_ray.artifacts import Manifest, begin, find, need, read_rows
 from mulcot_ray.errors import Busy, ConfigError, ConservationError, InputError, RecipeChanged
 from mulcot_ray.posts import importing
 from mulcot_ray.posts.importing import SPLITS, import_posts, import_sample, split_of
 from mulcot_ray.recipe import load_recipe
 from mulcot_ray.records import Post, Reason, Reject, Split, from_row
+from mulcot_ray.storage import Store
 
 CONTRACT = load_recipe("paper").contract
 DATA = Path(os.environ.get("MULCOT_DATA", Path(__file__).parents[2] / "shared" / "data"))

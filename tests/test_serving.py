@@ -22,7 +22,6 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from mulcot_ray.artifacts import Store
 from mulcot_ray.engines.base import EngineSpec, Messages, Sampling, Scores, spec
 from mulcot_ray.engines.scripted import ScriptedEngine
 from mulcot_ray.engines.work import LabelWork
@@ -34,6 +33,7 @@ from mulcot_ray.serving.api import MAX_BODY, MAX_IMAGE, MAX_TEXT, make_api
 from mulcot_ray.serving.app import build, warm_up
 from mulcot_ray.serving.guards import configured_tokens, is_loopback, token_digest
 from mulcot_ray.serving.run import Endpoint, example, serving
+from mulcot_ray.storage import Store
 
 RECIPE, RUNTIME = load_recipe("tiny"), load_runtime("laptop")
 WORK = LabelWork(RECIPE.contract, "score", RECIPE.explain_tokens, RECIPE.seed, "scripted")

@@ -111,7 +111,7 @@ def test_label(sample_store, runtime, ray_session, mode):
 @pytest.mark.ray
 def test_bad_rows_become_named_rejects(tmp_path, runtime, ray_session):
     """A bad picture, a missing one, an empty text and a prompt that is too long: each a Reject, and the others go on."""
-    from mulcot_ray.artifacts import Store
+    from mulcot_ray.storage import Store
 
     store = Store(str(tmp_path))
     (good,) = sample_posts(1, Split.TEST, 1)

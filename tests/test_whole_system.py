@@ -14,12 +14,13 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from mulcot_ray.artifacts import Store, find, need, read_rows, resolve_model
+from mulcot_ray.artifacts import find, need, read_rows, resolve_model
 from mulcot_ray.cli import app
 from mulcot_ray.console import console
 from mulcot_ray.posts.importing import import_sample
 from mulcot_ray.recipe import load_recipe, load_runtime
 from mulcot_ray.records import Post, Prediction, Split, from_row
+from mulcot_ray.storage import Store
 
 pytestmark = [pytest.mark.engine, pytest.mark.ray]
 DATA = Path(os.environ.get("MULCOT_DATA", Path(__file__).parents[2] / "shared" / "data"))

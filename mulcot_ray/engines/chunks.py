@@ -16,13 +16,14 @@ from typing import Any, ClassVar, Protocol
 import pyarrow.parquet as pq
 from PIL import Image
 
-from mulcot_ray.artifacts import Manifest, Run, Store, parquet_bytes
+from mulcot_ray.artifacts import Manifest, Run, parquet_bytes
 from mulcot_ray.cluster import log_folder, own_error, session
 from mulcot_ray.engines.base import Engine, EngineSpec, open_engine
 from mulcot_ray.errors import ConservationError, EngineError, InputError, RowFault
 from mulcot_ray.posts.images import post_image
 from mulcot_ray.recipe import Runtime
 from mulcot_ray.records import Post, Prediction, Rationale, Reject, Split, from_row, to_table
+from mulcot_ray.storage import Store
 
 IN_FLIGHT = 3  # chunks an actor works on at once: the tail of one is filled by the next
 

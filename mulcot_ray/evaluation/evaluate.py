@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mulcot_ray.artifacts import Manifest, Store, begin, find, need, read_rows
+from mulcot_ray.artifacts import Manifest, begin, find, need, read_rows
 from mulcot_ray.errors import ArtifactError, ConfigError, InputError
 from mulcot_ray.evaluation.metrics import distinct, label_scores, rationale_scores
 from mulcot_ray.prompts import Contract
 from mulcot_ray.records import SECTIONS, Sentiment, Source, Split
+from mulcot_ray.storage import Store
 
 LABEL_CONDITIONED = (Source.EXPLAINED, Source.IMPORTED)  # written by someone who saw the gold label, or may have
 FACTS = ("label_mass", "stated", "rationale_fault")

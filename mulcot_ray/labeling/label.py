@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import Literal
 
-from mulcot_ray.artifacts import Manifest, Store, begin, need, resolve_model
+from mulcot_ray.artifacts import Manifest, begin, need, resolve_model
 from mulcot_ray.engines.base import EngineSpec, spec
 from mulcot_ray.engines.chunks import Progress, run_chunks
 from mulcot_ray.engines.work import LabelWork, Mode
 from mulcot_ray.recipe import Recipe, Runtime
 from mulcot_ray.records import Split
+from mulcot_ray.storage import Store
 
 
 def label(

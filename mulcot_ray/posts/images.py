@@ -91,6 +91,6 @@ def read_ref(ref: str) -> bytes:
 
 @lru_cache(maxsize=1)
 def _s3() -> Any:
-    from mulcot_ray.artifacts import s3_filesystem
+    from mulcot_ray.storage import s3_filesystem
 
     return s3_filesystem()

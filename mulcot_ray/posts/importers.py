@@ -24,11 +24,11 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from mulcot_ray.artifacts import s3_filesystem
 from mulcot_ray.errors import ConfigError, InputError, RowFault
 from mulcot_ray.posts.fields import Row, as_post_or_reject, as_reject, encodable, named, row_id, shown_as, unique
 from mulcot_ray.prompts import Contract
 from mulcot_ray.records import SECTIONS, Post, Rationale, Reason, Reject, Sentiment, Source
+from mulcot_ray.storage import s3_filesystem
 
 FORMATS = ("tombert", "mulcot-json", "mvsa", "jsonl", "parquet")
 MAX_LINE = 64 << 20  # bytes; a picture of 20 MiB is 27 MiB in base64

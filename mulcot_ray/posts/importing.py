@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from mulcot_ray.artifacts import Manifest, Run, Store, begin, check_name, find, read_rows
+from mulcot_ray.artifacts import Manifest, Run, begin, check_name, find, read_rows
 from mulcot_ray.errors import Busy, ConfigError, InputError, RowFault
 from mulcot_ray.posts.fields import STAGE, as_reject
 from mulcot_ray.posts.images import open_image, read_ref
@@ -26,6 +26,7 @@ from mulcot_ray.posts.importers import check_images, input_files, read_posts, re
 from mulcot_ray.posts.sample import sample_posts
 from mulcot_ray.prompts import Contract, digest
 from mulcot_ray.records import Post, Rationale, Reject, Split, to_table
+from mulcot_ray.storage import Store
 
 SPLITS = (Split.TRAIN, Split.VALIDATION, Split.TEST)  # what ratios stand for
 PART_ROWS, PART_BYTES, GROUP_ROWS = 4096, 64 << 20, 256

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from PIL import Image
 from pydantic import ValidationError
 
-from mulcot_ray.artifacts import Store, need, resolve_model
+from mulcot_ray.artifacts import need, resolve_model
 from mulcot_ray.cluster import ENVIRONMENT
 from mulcot_ray.engines.base import Engine, EngineSpec, open_engine, spec
 from mulcot_ray.engines.work import LabelWork
@@ -27,6 +27,7 @@ from mulcot_ray.recipe import Recipe, Runtime, load_recipe, load_runtime, model_
 from mulcot_ray.records import Post
 from mulcot_ray.serving.api import TIMEOUT_S, log, make_api
 from mulcot_ray.serving.guards import configured_tokens, token_digest
+from mulcot_ray.storage import Store
 
 if TYPE_CHECKING:
     from ray.serve import Application

@@ -18,13 +18,13 @@ from typing import Any
 
 import httpx
 
-from mulcot_ray.artifacts import Store
 from mulcot_ray.cluster import log_folder, session
 from mulcot_ray.engines.base import EngineSpec
 from mulcot_ray.errors import ConfigError, EngineError
 from mulcot_ray.recipe import Recipe, Runtime
 from mulcot_ray.serving.app import application
 from mulcot_ray.serving.guards import configured_tokens, is_loopback
+from mulcot_ray.storage import Store
 
 APP = "mulcot"
 READY_S = 60.0  # from a running replica to the first answer through the proxy

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from PIL import Image
 
-from mulcot_ray.artifacts import Manifest, Store, need, resolve_model
+from mulcot_ray.artifacts import Manifest, need, resolve_model
 from mulcot_ray.engines.ask import as_rationale, ask, row_seed
 from mulcot_ray.engines.base import Engine, EngineSpec, Sampling, spec
 from mulcot_ray.engines.chunks import Progress
@@ -15,6 +15,7 @@ from mulcot_ray.errors import RowFault
 from mulcot_ray.prompts import Contract
 from mulcot_ray.recipe import Augment, Recipe, Runtime
 from mulcot_ray.records import Post, Prediction, Rationale, Reason, Source, Split, Task
+from mulcot_ray.storage import Store
 from mulcot_ray.teaching.teach import write_rationales
 
 

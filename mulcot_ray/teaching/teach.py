@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from mulcot_ray.artifacts import Manifest, Run, Store, begin, need, resolve_model
+from mulcot_ray.artifacts import Manifest, Run, begin, need, resolve_model
 from mulcot_ray.engines.ask import as_rationale, ask, row_seed
 from mulcot_ray.engines.base import Engine, EngineSpec, Sampling, spec
 from mulcot_ray.engines.chunks import Progress, run_chunks
@@ -21,6 +21,7 @@ from mulcot_ray.errors import RowFault
 from mulcot_ray.prompts import Contract
 from mulcot_ray.recipe import Recipe, Runtime, Teach
 from mulcot_ray.records import Post, Prediction, Rationale, Reason, Source, Split, Task
+from mulcot_ray.storage import Store
 
 
 @dataclass(frozen=True)

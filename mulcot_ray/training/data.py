@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mulcot_ray.artifacts import Manifest, Store
+from mulcot_ray.artifacts import Manifest
 from mulcot_ray.errors import TrainingError
 from mulcot_ray.records import Post, Rationale, Split, from_row
+from mulcot_ray.storage import Store
 
 OPEN_PARTS = 16
 

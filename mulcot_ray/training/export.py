@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from mulcot_ray.artifacts import Store
 from mulcot_ray.prompts import Contract
 from mulcot_ray.recipe import Train
+from mulcot_ray.storage import Store
 from mulcot_ray.training.model import build, load_processor, trainable
 
 

@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mulcot_ray.artifacts import Manifest, Run, Store, begin, need, resolve_model
+from mulcot_ray.artifacts import Manifest, Run, begin, need, resolve_model
 from mulcot_ray.cluster import log_folder, own_error, session
 from mulcot_ray.errors import ConfigError, TrainingError
 from mulcot_ray.prompts import digest
 from mulcot_ray.recipe import Recipe, Runtime, Train
 from mulcot_ray.records import Split, Task
+from mulcot_ray.storage import Store
 
 Progress = Callable[[int, int, dict[str, float]], None]  # step, steps in all, the losses or validation figures
 BOTH = (Task.REASONING, Task.CLASSIFICATION)
