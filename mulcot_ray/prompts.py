@@ -179,6 +179,21 @@ class Contract(Frozen):
             raise RowFault(Reason.SECTIONS_MISSING, f"no {', '.join(answer.missing)}", text)
         return answer
 
+    def contradiction(self, sections: Mapping[str, str], label: Sentiment) -> str | None:
+        """The label words of Final_conclusion, where it names others and never that of `label`; else None.
+
+        Most sound conclusions also say what the sentiment is *not* (634 of 1,121 real ones), so naming others is no fault by itself.
+        """
+        said = [w for w in self.label_words.values() if re.search(rf"(?<!\w){re.escape(w)}(?!\w)", sections.get(SECTIONS[-1], ""), re.IGNORECASE)]
+        return " and ".join(said) if said and self.label_words[label] not in said else None
+
+    @property
+    def guide(self) -> str:
+        """The answer's form as a regular expression, for structured decoding: five lines, and one of the label words."""
+        lines = [rf'"{k}": "[^"\n]+"' for k in KEYS.values()]
+        words = "|".join(re.escape(w) for w in self.label_words.values())
+        return r"\n".join([*lines, f'{self.label_prefix}({words})"'])
+
     def _label(self, value: str) -> Sentiment | None:
         """The label word that the value starts with ("positive", "**Neutral**.", "negative, because …")."""
         for label, word in self.label_words.items():
@@ -192,10 +207,10 @@ def neutralise(text: str) -> str:
     return _SPECIAL.sub("< |", text)
 
 
-def digest(value: Any) -> str:
-    """First 16 hex digits of the SHA-256 of a JSON value, keys sorted."""
+def digest(value: Any, length: int = 16) -> str:
+    """First `length` hex digits of the SHA-256 of a JSON value, keys sorted."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
 
 
 def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str:

@@ -5,6 +5,7 @@ Tables are Parquet with exactly these columns; `to_table` and `from_row` are the
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -68,6 +69,8 @@ class Reason(StrEnum):
     ANSWER_UNPARSED = "answer_unparsed"  # no prediction in it
     SECTIONS_MISSING = "sections_missing"
     LABEL_MISMATCH = "label_mismatch"  # never ended on the gold label
+    CONCLUSION_CONTRADICTS = "conclusion_contradicts"  # Final_conclusion names another label than Prediction
+    LABEL_LEAKED = "label_leaked"  # an explanation that says it was given the label
     ENGINE_ERROR = "engine_error"
 
 
@@ -112,6 +115,13 @@ class Post(_Record):
     )  # fmt: skip
 
     @property
+    def content(self) -> str:
+        """What a model is asked about (text, aspect, picture) as the first 32 hex digits of a SHA-256; ids, labels and splits are no part of it."""
+        picture = self.image_sha256 or (hashlib.sha256(self.image_bytes).hexdigest() if self.image_bytes is not None else self.image_ref)
+        parts = (repr(x).encode() for x in (self.text, self.aspect, picture))
+        return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
+
+    @property
     def has_image(self) -> bool:
         return self.image_bytes is not None or self.image_ref is not None
 
@@ -133,11 +143,12 @@ class Rationale(_Record):
     finish_reason: str | None = None
     tokens_in: int = 0
     tokens_out: int = 0
+    duplicate_of: str | None = None  # the post that was asked in this one's place
 
     schema: ClassVar[pa.Schema] = _schema(
         post_id="string", source="string", model="string", contract="string", text_analysis="string", image_analysis="string",
         conflict_resolution="string", final_conclusion="string", prediction="string", attempts="int32", finish_reason="string",
-        tokens_in="int32", tokens_out="int32",
+        tokens_in="int32", tokens_out="int32", duplicate_of="string",
     )  # fmt: skip
 
 

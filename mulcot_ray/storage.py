@@ -126,7 +126,7 @@ def _boto3() -> Any:
     from botocore.config import Config
 
     # "standard" retries 5xx, throttling and timeouts with jitter.
-    config = Config(retries={"max_attempts": 6, "mode": "standard"}, connect_timeout=5, read_timeout=60)
+    config = Config(retries={"max_attempts": 6, "mode": "standard"}, connect_timeout=5, read_timeout=60, max_pool_connections=64)
     return boto3.client("s3", config=config, region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1")
 
 

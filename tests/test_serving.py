@@ -61,9 +61,9 @@ class Seen(ScriptedEngine):
         super().__init__(scripted())
         self.images: list[Image.Image | None] = []
 
-    async def score(self, messages: Messages, image: Image.Image | None) -> Scores:
+    async def score(self, messages: Messages, image: Image.Image | None, written: str = "") -> Scores:
         self.images.append(image)
-        return await super().score(messages, image)
+        return await super().score(messages, image, written)
 
 
 class Failing(ScriptedEngine):
@@ -73,11 +73,11 @@ class Failing(ScriptedEngine):
         super().__init__(scripted())
         self.fault, self.seconds = fault, seconds
 
-    async def score(self, messages: Messages, image: Image.Image | None) -> Scores:
+    async def score(self, messages: Messages, image: Image.Image | None, written: str = "") -> Scores:
         await asyncio.sleep(self.seconds)
         if self.fault:
             raise self.fault
-        return await super().score(messages, image)
+        return await super().score(messages, image, written)
 
 
 def app(engine: Any = None, **options: Any) -> FastAPI:

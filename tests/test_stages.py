@@ -47,8 +47,9 @@ def _scripts_travel_by_value():
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
-def engine(**options) -> EngineSpec:
-    return EngineSpec("fake", RECIPE.contract, "float32", options.pop("max_model_len", 1024), 42, "cpu", EngineRuntime(**options), "scripted", script)
+def engine(script=script, **options) -> EngineSpec:
+    length = options.pop("max_model_len", 1024)
+    return EngineSpec("fake", f"fake {script}", RECIPE.contract, "float32", length, 42, "cpu", EngineRuntime(**options), "scripted", script=script)
 
 
 def quiet(*_):
@@ -168,9 +169,7 @@ def broken(messages, sampling):
 
 @pytest.mark.ray
 def test_a_dead_engine_is_an_error_and_publishes_nothing(sample_store, runtime, ray_session):
-    import dataclasses
-
-    dead = dataclasses.replace(engine(), script=broken)
+    dead = engine(broken)
     with pytest.raises(EngineError, match="has died"):
         label(sample_store, "dead", posts="sample", model="builtin:student", recipe=RECIPE, runtime=runtime, progress=quiet, engine=dead)
     assert find(sample_store, "predictions", "dead") is None

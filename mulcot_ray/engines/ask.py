@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 from PIL import Image
 
 from mulcot_ray.engines.base import Completion, Engine, Sampling, Scores
 from mulcot_ray.errors import RowFault
 from mulcot_ray.prompts import Answer, Contract
-from mulcot_ray.records import SECTIONS, Post, Rationale, Reason, Sentiment, Source, Task
+from mulcot_ray.records import Post, Reason, Sentiment, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What was paid for: the completion, with the answer in it or else the fault that makes it none."""
+
+    done: Completion
+    answer: Answer | None
+    fault: RowFault | None = None
 
 
 async def ask(
     engine: Engine, contract: Contract, task: Task, post: Post, image: Image.Image | None, sampling: Sampling, label: Sentiment | None = None
-) -> tuple[Answer, Completion]:
-    """A complete five-section answer. Raises RowFault: ANSWER_TRUNCATED, ANSWER_UNPARSED, SECTIONS_MISSING, or of the prompt."""
+) -> Asked:
+    """Ask for a five-section answer. Its faults are ANSWER_TRUNCATED, ANSWER_UNPARSED and SECTIONS_MISSING; those of the prompt are raised."""
     done = await engine.generate(contract.messages(task, post, label), image, sampling)
     if done.finish_reason == "length":
-        raise RowFault(Reason.ANSWER_TRUNCATED, f"cut after {done.tokens_out} tokens", done.text)
-    return contract.parse(done.text), done
+        return Asked(done, None, RowFault(Reason.ANSWER_TRUNCATED, f"cut after {done.tokens_out} tokens", done.text))
+    try:
+        return Asked(done, contract.parse(done.text))
+    except RowFault as f:
+        return Asked(done, None, f)
 
 
 async def score(engine: Engine, contract: Contract, post: Post, image: Image.Image | None) -> Scores:
@@ -27,17 +40,14 @@ async def score(engine: Engine, contract: Contract, post: Post, image: Image.Ima
     return await engine.score(contract.messages(Task.CLASSIFICATION, post), image)
 
 
-def row_seed(seed: int, post_id: str, attempt: int) -> int:
-    """A sampling seed fixed by row and attempt, so that a re-run agrees whatever else is in its batch."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{post_id}/{attempt}".encode()).digest()[:4], "big")
+def sampling(
+    max_tokens: int, seed: int, post: Post, attempt: int, *, temperature: float = 0.0, top_p: float = 1.0, guide: str | None = None
+) -> Sampling:
+    """Sampling with a seed fixed by the post's content and the attempt: the same whatever else is in the batch, the run or the data set.
 
-
-def as_rationale(
-    post: Post, source: Source, model: str, contract: Contract, answer: Answer, done: Completion, attempts: int, tokens: tuple[int, int]
-) -> Rationale:
-    """The record of an answer; `tokens` (in, out) over all attempts."""
-    texts = {s: answer.sections[s] for s in SECTIONS}
-    return Rationale(
-        post.post_id, source, model, contract.hash, prediction=answer.label, attempts=attempts, finish_reason=done.finish_reason,
-        tokens_in=tokens[0], tokens_out=tokens[1], **texts,
-    )  # fmt: skip
+    A greedy answer needs no seed, and so is the same in every attempt.
+    """
+    if temperature == 0:
+        return Sampling(max_tokens, guide=guide)
+    fixed = int.from_bytes(hashlib.sha256(f"{seed}/{post.content}/{attempt}".encode()).digest()[:4], "big")
+    return Sampling(max_tokens, temperature, top_p, fixed, guide)

@@ -2,14 +2,22 @@
 
 A chunk is a row range of one part of the posts table, cut the same way on every attempt. Its rows are asked concurrently (vLLM
 batches them continuously, several chunks at once), its rejects are written, then its part is *created*: that is the commit. After a
-kill, chunks whose part exists are skipped; a chunk in flight is done again. Rows of a chunk = rows of its part + its rejects.
+kill, chunks whose part exists are skipped; a chunk in flight is done again, and finds the answers that it had already paid for
+(engines/answers.py). Rows of a chunk = rows of its part + its rejects.
+
+An engine that dies is opened again and the chunk repeated. A chunk that was begun twice without an end is done *carefully*: alone, a row
+at a time, each written down before it is asked. A row that is found twice at the scene is the killer, and becomes a reject.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -18,14 +26,20 @@ from PIL import Image
 
 from mulcot_ray.artifacts import Manifest, Run, parquet_bytes
 from mulcot_ray.cluster import log_folder, own_error, session
-from mulcot_ray.engines.base import Engine, EngineSpec, open_engine
+from mulcot_ray.engines.answers import Answers
+from mulcot_ray.engines.base import Completion, Engine, EngineSpec, Messages, Sampling, Scores, open_engine
+from mulcot_ray.engines.sizing import sequences
 from mulcot_ray.errors import ConservationError, EngineError, InputError, RowFault
 from mulcot_ray.posts.images import post_image
 from mulcot_ray.recipe import Runtime
-from mulcot_ray.records import Post, Prediction, Rationale, Reject, Split, from_row, to_table
+from mulcot_ray.records import Post, Prediction, Rationale, Reason, Reject, Split, from_row, to_table
 from mulcot_ray.storage import Store
 
 IN_FLIGHT = 3  # chunks an actor works on at once: the tail of one is filled by the next
+CAREFUL = 3  # the attempt at a chunk from which on it is done a row at a time
+LIVES = 8  # attempts that one actor gives a chunk; a killer row is found in the fifth
+TALLY = b"mulcot"  # key of a part's counts in its Parquet metadata
+THREADS = 32  # per actor, for reading, decoding and the answer cache: they wait more than they work
 
 
 class Work(Protocol):
@@ -33,7 +47,11 @@ class Work(Protocol):
 
     kind: ClassVar[type[Rationale] | type[Prediction]]
 
-    async def __call__(self, engine: Engine, post: Post, image: Image.Image | None) -> Rationale | Prediction: ...
+    async def __call__(self, engine: Engine, post: Post, image: Image.Image | None) -> Any:
+        """A record of `kind`."""
+
+    def tally(self, post: Post, result: Any) -> Iterable[str]:
+        """Names of the counters that go up by one for this row; `result` may be a Reject."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +67,18 @@ class Chunk:
         return f"part-{self.file.removeprefix('part-').removesuffix('.parquet')}-{self.lo:08d}"
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which rows are asked. `redo` (a finished table of the same plan): only its rejects; what it kept is taken over.
+
+    `apart` (a duplicates table): not those that get their representative's rationale.
+    """
+
+    split: Split | None = None
+    redo: Manifest | None = None
+    apart: Manifest | None = None
+
+
 Progress = Callable[[int, int, int], None]  # rows done, rows in all, rejects
 
 
@@ -57,97 +87,200 @@ def plan(posts: Manifest, rows_per_chunk: int) -> list[Chunk]:
     return [Chunk(f, lo, min(lo + rows_per_chunk, n)) for f, n in files.items() for lo in range(0, n, rows_per_chunk)]
 
 
-def run_chunks(run: Run, posts: Manifest, split: Split | None, spec: EngineSpec, work: Work, runtime: Runtime, progress: Progress) -> int:
-    """Do what is not yet done, and return how many rows the table has in `split` (None: all). Parts and rejects land under `run`.
+def run_chunks(run: Run, posts: Manifest, chosen: Selection, spec: EngineSpec, work: Work, runtime: Runtime, progress: Progress) -> Counter[str]:
+    """Do what is not yet done. Parts and rejects land under `run`; returns the summed counts of all chunks, `rows_in` and `rejects` among them.
 
     Raises EngineError when the engine cannot start or keeps dying, InputError when there is nothing to do.
     """
     import ray.data
 
-    total = posts.rows if split is None else int(posts.stats["splits"].get(split, 0))
+    total = posts.rows if chosen.split is None else int(posts.stats["splits"].get(chosen.split, 0))
     if total == 0:
-        raise InputError(f"posts {posts.name!r} has no rows in split {split!r}; there are {posts.stats['splits']}")
+        raise InputError(f"posts {posts.name!r} has no rows in split {chosen.split!r}; there are {posts.stats['splits']}")
     chunks = plan(posts, int(run.plan["rows_per_chunk"]))
     there = run.store.files(run.prefix)
     todo = [c for c in chunks if f"{c.part}.parquet" not in there]
-    done, rejects = 0, 0
+    tally = Counter[str]()
     if len(todo) < len(chunks):
-        for c in chunks:
-            if f"{c.part}.parquet" in there:
-                counts = pq.read_metadata(run.store.path(f"{run.prefix}/{c.part}.parquet"), filesystem=run.store.fs).metadata or {}
-                done, rejects = done + int(counts[b"rows_in"]), rejects + int(counts[b"rejects"])
-    progress(done, total, rejects)
-    if not todo:
-        return total
-    lo, hi = runtime_replicas(spec, len(todo))
-    with session(runtime):
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        # An actor that cannot start must end the run with its reason, not be tried for ever.
-        rows = [{"file": c.file, "lo": c.lo, "hi": c.hi} for c in todo]
-        gpus = spec.runtime.tensor_parallel * spec.runtime.pipeline_parallel if spec.device == "cuda" and spec.backend == "vllm" else 0
-        results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            ChunkWorker,
-            fn_constructor_args=(run.store, f"{posts.kind}/{posts.name}", run.prefix, run.identity["stage"], split, spec, work),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(
-                min_size=lo, max_size=hi, max_tasks_in_flight_per_actor=IN_FLIGHT, max_concurrent_calls_per_actor=IN_FLIGHT
-            ),
-            num_cpus=spec.runtime.cpus,
-            num_gpus=gpus,
-            max_restarts=2,  # a row that kills its worker each time must not be tried for ever
-            max_task_retries=2,
-        )
-        try:
-            for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
-                done, rejects = done + int(sum(batch["rows"])), rejects + int(sum(batch["rejects"]))
-                progress(done, total, rejects)
-        except Exception as e:
-            raise own_error(e) or EngineError(f"the workers failed: {type(e).__name__}. Logs: {log_folder()}") from e
-    if done != total:
-        raise ConservationError(f"{run.prefix}: {total} rows planned, {done} accounted for. Nothing is published; please report this.")
-    return total
+        with ThreadPoolExecutor(16) as pool:
+            keys = [f"{run.prefix}/{c.part}.parquet" for c in chunks if f"{c.part}.parquet" in there]
+            for counts in pool.map(lambda k: read_tally(run.store, k), keys):
+                tally.update(counts)
+    total -= _apart(run.store, chosen)
+    progress(tally["rows_in"], total, tally["rejects"])
+    if todo:
+        lo, hi = runtime_replicas(spec, len(todo))
+        with session(runtime):
+            context = ray.data.DataContext.get_current()
+            context.enable_progress_bars = False
+            context.print_on_execution_start = False
+            rows = [{"file": c.file, "lo": c.lo, "hi": c.hi} for c in todo]
+            gpus = spec.runtime.tensor_parallel * spec.runtime.pipeline_parallel if spec.device == "cuda" and spec.backend == "vllm" else 0
+            results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+                ChunkWorker,
+                fn_constructor_args=(
+                    run.store,
+                    f"{posts.kind}/{posts.name}",
+                    run.prefix,
+                    run.identity["stage"],
+                    run.owner,
+                    chosen,
+                    spec,
+                    work,
+                    runtime.answer_cache,
+                ),  # fmt: skip
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(
+                    min_size=lo, max_size=hi, max_tasks_in_flight_per_actor=IN_FLIGHT, max_concurrent_calls_per_actor=IN_FLIGHT
+                ),
+                num_cpus=spec.runtime.cpus,
+                num_gpus=gpus,
+                max_restarts=LIVES,
+                max_task_retries=LIVES,
+            )
+            try:
+                for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
+                    for counts in batch["tally"]:
+                        tally.update(json.loads(counts))
+                    progress(tally["rows_in"], total, tally["rejects"])
+            except Exception as e:
+                raise own_error(e) or EngineError(f"the workers failed: {type(e).__name__}. Logs: {log_folder()}") from e
+    if tally["rows_in"] != total:
+        raise ConservationError(f"{run.prefix}: {total} rows planned, {tally['rows_in']} accounted for. Nothing is published; please report this.")
+    for name in run.store.files(f"{run.prefix}/attempts"):
+        run.store.delete(f"{run.prefix}/attempts/{name}")
+    return tally
+
+
+def read_tally(store: Store, key: str) -> Counter[str]:
+    """The counts that a part was committed with."""
+    return Counter(json.loads((pq.read_metadata(store.path(key), filesystem=store.fs).metadata or {})[TALLY]))
+
+
+def commit_part(store: Store, target: str, part: str, kind: Any, kept: list[Any], rejected: list[Reject], tally: Counter[str]) -> None:
+    """Rejects first, then the part with its counts: creating it is the commit."""
+    key = f"{target}/rejects/{part}.parquet"
+    if rejected:
+        store.write(key, parquet_bytes(to_table(Reject, rejected)))
+    else:
+        store.delete(key)  # an earlier attempt may have died after writing some
+    store.create(f"{target}/{part}.parquet", parquet_bytes(to_table(kind, kept).replace_schema_metadata({TALLY: json.dumps(tally)})))
+
+
+def _apart(store: Store, chosen: Selection) -> int:
+    """How many rows of the split are left to their representatives."""
+    if chosen.apart is None:
+        return 0
+    count = 0
+    for name in chosen.apart.files:
+        if name.endswith(".parquet"):
+            rows = pq.read_table(store.path(f"duplicates/{chosen.apart.name}/{name}"), columns=["split", "label", "rep_label"], filesystem=store.fs)
+            count += sum(r["label"] == r["rep_label"] and chosen.split in (None, r["split"]) for r in rows.to_pylist())
+    return count
 
 
 class ChunkWorker:
     """The Ray Data actor: one engine, several chunks at a time."""
 
-    def __init__(self, store: Store, source: str, target: str, stage: str, split: Split | None, spec: EngineSpec, work: Work) -> None:
-        self.store, self.source, self.target, self.stage, self.split, self.work = store, source, target, stage, split, work
-        self.side = spec.contract.image.side
-        self.engine = open_engine(spec)
+    def __init__(
+        self, store: Store, source: str, target: str, stage: str, owner: str, chosen: Selection, spec: EngineSpec, work: Work, cache: bool
+    ) -> None:
+        self.store, self.source, self.target, self.stage, self.owner = store, source, target, stage, owner
+        self.chosen, self.work = chosen, work
+        self.spec, self.side = spec, spec.contract.image.side
+        self.engine = _Reopening(spec)
+        self.cache = store if cache else None
         # Enough rows in flight to fill the engine's batch and its queue, few enough that decoded pictures stay few.
-        self.limit = asyncio.Semaphore(2 * spec.runtime.max_num_seqs)
+        self.places = 2 * sequences(spec)
+        self.limit = asyncio.Semaphore(self.places)
+        self.alone = asyncio.Lock()
+        self.pool: ThreadPoolExecutor | None = None
 
     async def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        counts: dict[str, list[int]] = {"rows": [], "rejects": []}
-        for file, lo, hi in zip(batch["file"], batch["lo"], batch["hi"], strict=True):
-            rows, rejects = await self._chunk(Chunk(str(file), int(lo), int(hi)))
-            counts["rows"].append(rows)
-            counts["rejects"].append(rejects)
-        return counts
+        if self.pool is None:
+            self.pool = ThreadPoolExecutor(THREADS, "chunk")
+            asyncio.get_running_loop().set_default_executor(self.pool)
+        tallies = [await self._chunk(Chunk(str(f), int(lo), int(hi))) for f, lo, hi in zip(batch["file"], batch["lo"], batch["hi"], strict=True)]
+        return {"tally": [json.dumps(t) for t in tallies]}
 
-    async def _chunk(self, chunk: Chunk) -> tuple[int, int]:
+    async def _chunk(self, chunk: Chunk) -> Counter[str]:
         started = time.time()
-        posts = await asyncio.to_thread(self._read, chunk)
-        results = await asyncio.gather(*(self._row(p) for p in posts))
-        kept = [r for r in results if not isinstance(r, Reject)]
-        rejected = [r for r in results if isinstance(r, Reject)]
-        facts = {"rows_in": len(posts), "rejects": len(rejected), "seconds": round(time.time() - started, 3)}
-        await asyncio.to_thread(self._commit, chunk, kept, rejected, facts)
-        return len(posts), len(rejected)
-
-    async def _row(self, post: Post) -> Rationale | Prediction | Reject:
-        async with self.limit:
+        posts, kept = await asyncio.to_thread(self._read, chunk)
+        asked = [p for p in posts if p.post_id not in kept]
+        engine = Answers(self.engine, self.spec, self.cache)
+        for life in range(LIVES):
+            attempt = await asyncio.to_thread(self._begin, chunk)
+            alive = self.engine.generation
             try:
-                image = await asyncio.to_thread(post_image, post, self.side)
-                return await self.work(self.engine, post, image)
-            except RowFault as f:
-                return Reject(post.post_id, self.stage, f.reason, f.detail, f.raw)
+                results = await (self._at_once(engine, asked) if attempt < CAREFUL else self._carefully(engine, chunk, asked))
+                break
+            except EngineError:
+                if self.engine.shut is not None or life == LIVES - 1:
+                    raise
+                await self.engine.replace(alive)
+        found = kept | {p.post_id: r for p, r in zip(asked, results, strict=True)}
+        rejected = [r for r in found.values() if isinstance(r, Reject)]
+        tally = Counter[str](rows_in=len(posts), rejects=len(rejected), milliseconds=round((time.time() - started) * 1000))
+        tally.update(engine.tally)
+        for post in posts:
+            tally.update(self.work.tally(post, found[post.post_id]))
+        rows = [r for r in (found[p.post_id] for p in posts) if not isinstance(r, Reject)]
+        await asyncio.to_thread(commit_part, self.store, self.target, chunk.part, self.work.kind, rows, rejected, tally)
+        return tally
 
-    def _read(self, chunk: Chunk) -> list[Post]:
-        """The chunk's rows, from the row groups that hold them; other splits' rows are passed over."""
+    async def _at_once(self, engine: Engine, posts: list[Post]) -> list[Any]:
+        results = await asyncio.gather(*(self._placed(engine, p) for p in posts), return_exceptions=True)
+        for r in results:
+            if isinstance(r, BaseException):
+                raise r
+        return results
+
+    async def _placed(self, engine: Engine, post: Post) -> Any:
+        async with self.limit:
+            return await self._row(engine, post)
+
+    async def _row(self, engine: Engine, post: Post) -> Any:
+        try:
+            image = await asyncio.to_thread(post_image, post, self.side)
+            return await self.work(engine, post, image)
+        except RowFault as f:
+            return Reject(post.post_id, self.stage, f.reason, f.detail, f.raw, f.attempts)
+
+    async def _carefully(self, engine: Engine, chunk: Chunk, posts: list[Post]) -> list[Any]:
+        """A row at a time, with no other row in the engine. The scene (which row is being asked) is written before each."""
+        scene, record = f"{self.target}/attempts/{self.owner}/{chunk.part}.scene", f"{self.target}/attempts/{self.owner}/{chunk.part}.deaths"
+        before = await asyncio.to_thread(self.store.read, record)
+        deaths = Counter[str](json.loads(before or b"{}"))
+        if (last := await asyncio.to_thread(self.store.read, scene)) is not None:
+            deaths[last.decode()] += 1
+            await asyncio.to_thread(self.store.write, record, json.dumps(deaths).encode())
+            await asyncio.to_thread(self.store.delete, scene)
+        results: list[Any] = []
+        async with self.alone:
+            for _ in range(self.places):
+                await self.limit.acquire()
+            try:
+                for p in posts:
+                    if deaths[p.post_id] > 1:
+                        results.append(Reject(p.post_id, self.stage, Reason.ENGINE_ERROR, "the engine died each time this row was asked, alone"))
+                        continue
+                    await asyncio.to_thread(self.store.write, scene, p.post_id.encode())
+                    results.append(await self._row(engine, p))
+                await asyncio.to_thread(self.store.delete, scene)
+            finally:
+                for _ in range(self.places):
+                    self.limit.release()
+        return results
+
+    def _begin(self, chunk: Chunk) -> int:
+        """The number of this attempt at the chunk, from 1, within this run of the stage."""
+        attempt = 1
+        while not self.store.create(f"{self.target}/attempts/{self.owner}/{chunk.part}.{attempt}", b""):
+            attempt += 1
+        return attempt
+
+    def _read(self, chunk: Chunk) -> tuple[list[Post], dict[str, Any]]:
+        """The chunk's chosen posts, and by id what an earlier table has kept of them."""
         posts, at = [], 0
         with pq.ParquetFile(self.store.path(f"{self.source}/{chunk.file}"), filesystem=self.store.fs) as f:
             for group in range(f.metadata.num_row_groups):
@@ -157,16 +290,69 @@ class ChunkWorker:
                     table = table.slice(max(0, chunk.lo - at), min(n, chunk.hi - at) - max(0, chunk.lo - at))
                     posts += [from_row(Post, r) for r in table.to_pylist()]
                 at += n
-        return [p for p in posts if self.split is None or p.split is self.split]
+        apart = self._apart_in(chunk)
+        posts = [p for p in posts if p.post_id not in apart and (self.chosen.split is None or p.split is self.chosen.split)]
+        if self.chosen.redo is None:
+            return posts, {}
+        old = pq.read_table(self.store.path(f"{self.chosen.redo.kind}/{self.chosen.redo.name}/{chunk.part}.parquet"), filesystem=self.store.fs)
+        return posts, {r["post_id"]: from_row(self.work.kind, r) for r in old.to_pylist()}  # type: ignore[type-var]
 
-    def _commit(self, chunk: Chunk, kept: list[Any], rejected: list[Reject], facts: dict[str, Any]) -> None:
-        key = f"{self.target}/rejects/{chunk.part}.parquet"
-        if rejected:
-            self.store.write(key, parquet_bytes(to_table(Reject, rejected)))
-        else:
-            self.store.delete(key)  # an earlier attempt at this chunk may have died after writing some
-        table = to_table(self.work.kind, kept).replace_schema_metadata({k: str(v) for k, v in facts.items()})
-        self.store.create(f"{self.target}/{chunk.part}.parquet", parquet_bytes(table))
+    def _apart_in(self, chunk: Chunk) -> set[str]:
+        """Ids of the chunk's rows that are left to their representatives."""
+        if self.chosen.apart is None or chunk.file not in self.chosen.apart.files:
+            return set()
+        key = self.store.path(f"duplicates/{self.chosen.apart.name}/{chunk.file}")
+        rows = pq.read_table(key, columns=["post_id", "row", "label", "rep_label"], filesystem=self.store.fs).to_pylist()
+        return {r["post_id"] for r in rows if chunk.lo <= r["row"] < chunk.hi and r["label"] == r["rep_label"]}
+
+
+class _Reopening:
+    """The actor's engine: opened at the first question (a run that finds all answers kept loads no model), and again after a death."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self.generation = 0
+        self.shut: EngineError | None = None  # why it cannot be opened
+        self._engine: Engine | None = None
+        self._lock = asyncio.Lock()
+
+    async def generate(self, messages: Messages, image: Image.Image | None, sampling: Sampling) -> Completion:
+        return await (await self._open()).generate(messages, image, sampling)
+
+    async def score(self, messages: Messages, image: Image.Image | None, written: str = "") -> Scores:
+        return await (await self._open()).score(messages, image, written)
+
+    def check(self) -> None:
+        if self._engine is not None:
+            self._engine.check()
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+    async def replace(self, generation: int) -> None:
+        """Drop the engine of this generation; the next question opens another."""
+        async with self._lock:
+            if generation == self.generation:
+                self.generation += 1
+                dead, self._engine = self._engine, None
+                with contextlib.suppress(Exception):  # it is dead: what it says to that does not matter
+                    if dead is not None:
+                        await asyncio.to_thread(dead.close)
+
+    async def _open(self) -> Engine:
+        if self._engine is not None:
+            return self._engine
+        async with self._lock:
+            if self._engine is None:
+                if self.shut is not None:
+                    raise self.shut
+                try:
+                    self._engine = await asyncio.to_thread(open_engine, self.spec)
+                except EngineError as e:
+                    self.shut = e
+                    raise
+            return self._engine
 
 
 def runtime_replicas(spec: EngineSpec, chunks: int) -> tuple[int, int]:

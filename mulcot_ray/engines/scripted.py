@@ -25,7 +25,7 @@ class ScriptedEngine:
         cut = len(words) > sampling.max_tokens
         return Completion(" ".join(words[: sampling.max_tokens]), "length" if cut else "stop", n, min(len(words), sampling.max_tokens))
 
-    async def score(self, messages: Messages, image: Image.Image | None) -> Scores:
+    async def score(self, messages: Messages, image: Image.Image | None, written: str = "") -> Scores:
         n = self._length(messages)
         label = self.spec.contract.parse(self.script(messages, Sampling(1)), sections=False).label
         p = tuple(0.8 if x is label else 0.1 for x in LABELS)

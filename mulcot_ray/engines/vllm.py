@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from mulcot_ray.engines.base import Completion, EngineSpec, Messages, Sampling, Scores
+from mulcot_ray.engines.sizing import sequences
 from mulcot_ray.errors import EngineError, RowFault
 from mulcot_ray.prompts import label_token_ids, render_chat
 from mulcot_ray.records import Reason
@@ -37,7 +38,7 @@ class VLLMEngine:
 
         r = s.runtime
         options: dict[str, Any] = dict(
-            model=s.model, dtype=s.dtype, max_model_len=s.max_model_len, seed=s.seed, max_num_seqs=r.max_num_seqs, enforce_eager=not r.compile,
+            model=s.model, dtype=s.dtype, max_model_len=s.max_model_len, seed=s.seed, max_num_seqs=sequences(s), enforce_eager=not r.compile,
             tensor_parallel_size=r.tensor_parallel, pipeline_parallel_size=r.pipeline_parallel, enable_prefix_caching=True,
             limit_mm_per_prompt={"image": 1, "video": 0}, trust_remote_code=False, load_format="safetensors",
             mm_processor_cache_gb=0 if cpu else 4, enable_log_requests=False, disable_log_stats=True,
@@ -47,6 +48,8 @@ class VLLMEngine:
             # Prompts whole: a seeded request whose prompt is cut over two steps kills the engine ("CPU Generator does not use offset").
             whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, s.max_model_len)}
             options |= {"block_size": 32, "distributed_executor_backend": "uni", **whole}
+        if s.quantization is not None:
+            options["quantization"] = s.quantization
         if r.kv_cache_mb is not None:
             options["kv_cache_memory_bytes"] = r.kv_cache_mb << 20
         try:
@@ -61,23 +64,24 @@ class VLLMEngine:
 
     async def generate(self, messages: Messages, image: Image.Image | None, sampling: Sampling) -> Completion:
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         ids, room = self._tokens(render_chat(self.tokenizer, messages), image)
         params = SamplingParams(
             max_tokens=min(sampling.max_tokens, room), temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            structured_outputs=StructuredOutputsParams(regex=sampling.guide) if sampling.guide else None,
         )  # fmt: skip
         out = await self._run(ids, image, params)
         first = out.outputs[0]
         return Completion(first.text, first.finish_reason or "stop", len(out.prompt_token_ids), len(first.token_ids))
 
-    async def score(self, messages: Messages, image: Image.Image | None) -> Scores:
+    async def score(self, messages: Messages, image: Image.Image | None, written: str = "") -> Scores:
         """One prefill: the distribution of the token after `"Prediction": "`, restricted to the three label words."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        ids, _ = self._tokens(render_chat(self.tokenizer, messages) + self.spec.contract.label_prefix, image)
+        ids, _ = self._tokens(render_chat(self.tokenizer, messages) + written + self.spec.contract.label_prefix, image)
         # allowed_token_ids with logprobs=3 would give the top 3 of the whole vocabulary, not these three.
         params = SamplingParams(
             max_tokens=1, temperature=0.0, logprob_token_ids=self.label_ids, allowed_token_ids=self.label_ids, detokenize=False,

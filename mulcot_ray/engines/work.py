@@ -7,16 +7,16 @@ predict prompt, as a teacher does, and takes the label from it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from PIL import Image
 
-from mulcot_ray.engines.ask import ask, row_seed, score
-from mulcot_ray.engines.base import Completion, Engine, Sampling
-from mulcot_ray.errors import RowFault
-from mulcot_ray.prompts import Answer, Contract
-from mulcot_ray.records import LABELS, SECTIONS, Post, Prediction, Rationale, Task
+from mulcot_ray.engines.ask import Asked, ask, sampling, score
+from mulcot_ray.engines.base import Engine
+from mulcot_ray.prompts import Contract
+from mulcot_ray.records import LABELS, SECTIONS, Post, Prediction, Rationale, Reject, Task
 
 Mode = Literal["score", "explain", "generate"]
 
@@ -30,29 +30,40 @@ class LabelWork:
     max_tokens: int
     seed: int
     model: str
+    contract_hash: str = field(init=False)  # computed once, not for every row
 
     kind: ClassVar[type[Rationale] | type[Prediction]] = Prediction
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "contract_hash", self.contract.hash)
+
     async def __call__(self, engine: Engine, post: Post, image: Image.Image | None) -> Prediction:
-        sampling = Sampling(self.max_tokens, seed=row_seed(self.seed, post.post_id, 0))
+        how = sampling(self.max_tokens, self.seed, post, 0)
         if self.mode == "generate":
-            answer, done = await ask(engine, self.contract, Task.PREDICT, post, image, sampling)
-            return Prediction(post.post_id, answer.label, self.model, self.contract.hash, tokens_in=done.tokens_in, **_written(answer, done))
+            asked = await ask(engine, self.contract, Task.PREDICT, post, image, how)
+            if asked.answer is None:
+                assert asked.fault is not None
+                raise asked.fault
+            label, tokens_in = asked.answer.label, asked.done.tokens_in
+            return Prediction(post.post_id, label, self.model, self.contract_hash, tokens_in=tokens_in, **_written(asked))
         scores = await score(engine, self.contract, post, image)
         p = scores.probabilities
-        rationale: dict[str, Any] = {}
+        rationale: dict[str, Any] = {"tokens_in": scores.tokens_in}
         if self.mode == "explain":
-            try:
-                rationale = _written(*await ask(engine, self.contract, Task.REASONING, post, image, sampling))
-            except RowFault as f:
-                if f.raw is None:  # the post is at fault, not the answer
-                    raise
-                rationale = {"rationale_fault": f"{f.reason}: {f.detail}"}
+            asked = await ask(engine, self.contract, Task.REASONING, post, image, how)
+            rationale = {"tokens_in": scores.tokens_in + asked.done.tokens_in, **_written(asked)}
         best = LABELS[p.index(max(p))]
-        return Prediction(post.post_id, best, self.model, self.contract.hash, *p, label_mass=scores.mass, tokens_in=scores.tokens_in, **rationale)
+        return Prediction(post.post_id, best, self.model, self.contract_hash, *p, label_mass=scores.mass, **rationale)
+
+    def tally(self, post: Post, result: Prediction | Reject) -> Iterator[str]:
+        if isinstance(result, Prediction):
+            yield f"labels/{result.label}"
 
 
-def _written(answer: Answer, done: Completion) -> dict[str, Any]:
-    """The columns of a written answer."""
-    sections = {s: answer.sections[s] for s in SECTIONS}
-    return {**sections, "stated": answer.label, "finish_reason": done.finish_reason, "tokens_out": done.tokens_out}
+def _written(asked: Asked) -> dict[str, Any]:
+    """The columns of a written answer, or of its fault."""
+    paid = {"finish_reason": asked.done.finish_reason, "tokens_out": asked.done.tokens_out}
+    if asked.answer is None:
+        assert asked.fault is not None
+        return {**paid, "rationale_fault": f"{asked.fault.reason}: {asked.fault.detail}"}
+    return {**paid, **{s: asked.answer.sections[s] for s in SECTIONS}, "stated": asked.answer.label}

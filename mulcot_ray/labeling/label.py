@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Literal
-
-from mulcot_ray.artifacts import Manifest, begin, need, resolve_model
-from mulcot_ray.engines.base import EngineSpec, spec
-from mulcot_ray.engines.chunks import Progress, run_chunks
+from mulcot_ray.artifacts import Manifest, begin, need
+from mulcot_ray.engines.base import EngineSpec, Role, engine_spec
+from mulcot_ray.engines.chunks import Progress, Selection, run_chunks
 from mulcot_ray.engines.work import LabelWork, Mode
 from mulcot_ray.recipe import Recipe, Runtime
 from mulcot_ray.records import Split
@@ -16,13 +13,13 @@ from mulcot_ray.storage import Store
 
 def label(
     store: Store, name: str, *, posts: str, model: str, recipe: Recipe, runtime: Runtime, mode: Mode = "score", split: Split | None = None,
-    role: Literal["teacher", "assistant", "student"] = "student", progress: Progress, engine: EngineSpec | None = None,
+    role: Role = "student", progress: Progress, engine: EngineSpec | None = None,
 ) -> tuple[Manifest, bool]:  # fmt: skip
     """Write predictions/NAME. Returns the manifest, and False where it was there already."""
     source = need(store, "posts", posts)
-    folder, fingerprint = resolve_model(store, model)
+    spec = engine or engine_spec(store, recipe, runtime, role, model)
     identity = {
-        "stage": "label", "posts": source.fingerprint, "split": split, "model": fingerprint, "contract": recipe.contract.hash, "mode": mode,
+        "stage": "label", "posts": source.fingerprint, "split": split, "model": spec.fingerprint, "contract": recipe.contract.hash, "mode": mode,
         "explain_tokens": None if mode == "score" else recipe.explain_tokens, "seed": recipe.seed, "dtype": recipe.dtype,
         "max_model_len": recipe.max_model_len,
     }  # fmt: skip
@@ -31,6 +28,10 @@ def label(
         return run, False
     work = LabelWork(recipe.contract, mode, recipe.explain_tokens, recipe.seed, model)
     with run:
-        total = run_chunks(run, source, split, engine or spec(recipe, runtime, role, str(folder)), work, runtime, progress)
-        labels = Counter(r["label"] for r in run.written(["label"]))
-        return run.commit(total, stats={"labels": dict(sorted(labels.items())), "mode": mode, "model": model}), True
+        tally = run_chunks(run, source, Selection(split), spec, work, runtime, progress)
+        stats = {
+            "labels": {k.removeprefix("labels/"): n for k, n in sorted(tally.items()) if k.startswith("labels/")}, "mode": mode, "model": model,
+            "tokens": {"in": tally["tokens_in"], "out": tally["tokens_out"]},
+            "answers": {k: tally[k] for k in ("scored", "asked", "reused", "spared_tokens_in", "spared_tokens_out")},
+        }  # fmt: skip
+        return run.commit(tally["rows_in"], stats=stats), True

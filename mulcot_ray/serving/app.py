@@ -17,9 +17,10 @@ from fastapi import FastAPI
 from PIL import Image
 from pydantic import ValidationError
 
-from mulcot_ray.artifacts import need, resolve_model
+from mulcot_ray.artifacts import need
 from mulcot_ray.cluster import ENVIRONMENT
-from mulcot_ray.engines.base import Engine, EngineSpec, open_engine, spec
+from mulcot_ray.engines.base import Engine, EngineSpec, engine_spec, open_engine, spec
+from mulcot_ray.engines.sizing import sequences
 from mulcot_ray.engines.work import LabelWork
 from mulcot_ray.errors import ConfigError, EngineError, RowFault
 from mulcot_ray.prompts import Frozen
@@ -69,19 +70,20 @@ def application(
     if model_folder(model) is None:
         need(store, "models", model)  # fail here, with the reason, and not in a replica
     r = runtime.student
+    places = sequences(engine or spec(recipe, runtime, "student", model))
     resources: dict[str, Any] = {"num_cpus": r.cpus, "runtime_env": {"env_vars": ENVIRONMENT}}
     if runtime.device == "cuda":
         resources["num_gpus"] = r.tensor_parallel * r.pipeline_parallel
     scale: dict[str, Any] = {"num_replicas": r.replicas}
     if not isinstance(r.replicas, int):
         lo, hi = r.replicas
-        scale = {"autoscaling_config": {"min_replicas": lo, "max_replicas": hi, "target_ongoing_requests": max(1, r.max_num_seqs // 2)}}
+        scale = {"autoscaling_config": {"min_replicas": lo, "max_replicas": hi, "target_ongoing_requests": max(1, places // 2)}}
     deployment = serve.deployment(
         name="sentiment",
         ray_actor_options=resources,
         # One batch of the engine in work and one waiting; what comes beyond is refused, not queued without end.
-        max_ongoing_requests=r.max_num_seqs,
-        max_queued_requests=r.max_num_seqs,
+        max_ongoing_requests=places,
+        max_queued_requests=places,
         backpressure_config={"status_code": 503, "retry_after_s": 1},
         health_check_period_s=5,
         graceful_shutdown_timeout_s=timeout_s,
@@ -98,10 +100,11 @@ class Replica:
     def __init__(
         self, store: Store, model: str, recipe: Recipe, runtime: Runtime, digests: list[str] | None, timeout_s: float, engine: EngineSpec | None
     ) -> None:
-        folder, self.fingerprint = resolve_model(store, model)
+        opened = engine or engine_spec(store, recipe, runtime, "student", model)
+        self.fingerprint = opened.fingerprint
         self.digests, self.timeout_s = digests, timeout_s
         self.work = LabelWork(recipe.contract, "score", recipe.explain_tokens, recipe.seed, model)
-        self.engine = open_engine(engine or spec(recipe, runtime, "student", str(folder)))
+        self.engine = open_engine(opened)
         self.stopping = threading.Event()
         threading.Thread(target=self._watch, name="engine watchdog", daemon=True).start()
 
