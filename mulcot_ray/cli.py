@@ -105,7 +105,9 @@ def import_(
 @app.command()
 def teach(
     posts: Posts, root: Root = "runs", recipe: RecipeOption = "tiny", runtime: RuntimeOption = "laptop", name: Name = None,
-    split: Annotated[Split, typer.Option("--split", help="Posts to teach on.")] = Split.TRAIN,
+    split: Annotated[Split, typer.Option("--split", help="Posts to teach on; validation and test are refused, since gold is shown.")] = Split.TRAIN,
+    retry_rejects: Annotated[str | None, typer.Option("--retry-rejects", help="An earlier table: keep its rows, ask again for its rejects alone.")] = None,
+    duplicates: Annotated[str | None, typer.Option("--duplicates", help="A table of `mulcot duplicates`: a duplicate gets its representative's rationale.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be asked of the model, and stop.")] = False,
 ) -> None:  # fmt: skip
     """The teacher writes rationales over labelled posts (predict, and where that misses the gold label, explain)."""
@@ -115,8 +117,11 @@ def teach(
     with _stage(root, f"teach-{name or posts}") as store:
         if dry_run:
             return _dry_run(store, posts, split, r, t, Role.TEACHER, r.models.teacher)
+        target = name or (f"{posts}.teacher" if retry_rejects is None else f"{retry_rejects}.retried")
         with rows("teach") as progress:
-            manifest, fresh = run(store, name or f"{posts}.teacher", posts=posts, recipe=r, runtime=t, split=split, progress=progress)
+            manifest, fresh = run(
+                store, target, posts=posts, recipe=r, runtime=t, split=split, retry_rejects=retry_rejects, duplicates=duplicates, progress=progress
+            )
     _done(store, manifest, fresh)
 
 
@@ -233,7 +238,15 @@ def evaluate(
         assert answers is not None
         kind, source = _answers(store, answers, posts)
         manifest, report, fresh = run(
-            store, name or answers, posts=source, answers=answers, answers_kind=kind, references=references, split=split, contract=r.contract
+            store,
+            name or answers,
+            posts=source,
+            answers=answers,
+            answers_kind=kind,
+            references=references,
+            split=split,
+            contract=r.contract,
+            runtime=t,
         )
     console.print(show(report))
     _done(store, manifest, fresh)
@@ -310,6 +323,11 @@ def _done(store: Store, m: Manifest, fresh: bool) -> None:
     if m.kind in ("models", "evaluations"):
         counts = ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in m.stats.items() if isinstance(v, int | float))
     console.print(f"[green]✓[/] {where}: {counts} ({m.seconds:.1f} s)", soft_wrap=True)
+    if (answers := m.stats.get("answers", {})).get("reused"):
+        saved = f"{answers['reused']} answers were there already ({answers['spared_tokens_in']} + {answers['spared_tokens_out']} tokens spared)"
+        console.print(f"  asked the engine {answers['asked']} times; {saved}", soft_wrap=True)
+    if m.rejects and m.identity.get("stage") == "teach":
+        console.print(f"  ask for the rejects again: mulcot teach --posts … --retry-rejects {m.name}", soft_wrap=True)
 
 
 def _dry_run(store: Store, posts: str, split: Split | None, r: Recipe, t: Runtime, role: Role, model: str) -> None:

@@ -11,15 +11,15 @@ ROOT = Path(mulcot_ray.__file__).parent
 # Each layer may import itself and those above it in this list. Stages import no other stage.
 LAYERS = [
     {"errors", "records"},
-    {"prompts", "recipe", "storage", "artifacts", "cluster", "console"},
+    {"prompts", "recipe", "storage", "artifacts", "calibration", "cluster", "console", "html", "prices"},
     {"posts", "engines"},
     {"teaching", "training", "evaluation", "labeling", "serving"},
-    {"cli", "demo"},
+    {"cli", "demo", "plan", "doctor", "machines", "sweep"},
 ]
 STAGES = LAYERS[3]
 HEAVY = {
-    "torch": {"training"},
-    "transformers": {"training", "evaluation"},
+    "torch": {"training", "engines/parity.py", "machines.py"},
+    "transformers": {"training", "evaluation", "engines/parity.py", "engines/preview.py"},
     "peft": {"training"},
     "vllm": {"engines/vllm.py"},
     "sentence_transformers": {"evaluation"},

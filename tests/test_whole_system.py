@@ -116,6 +116,8 @@ def test_8_transformers_and_vllm_agree_on_the_exported_student(root):
     """The exported folder in plain transformers gives the probabilities that vLLM gave."""
     import torch
 
+    from mulcot_ray import calibration
+    from mulcot_ray.calibration import scaled
     from mulcot_ray.posts.images import post_image
     from mulcot_ray.prompts import label_token_ids, render_chat
     from mulcot_ray.records import LABELS, Task
@@ -135,7 +137,7 @@ def test_8_transformers_and_vllm_agree_on_the_exported_student(root):
         batch = {"input_ids": ids, "mm_token_type_ids": (ids == model.config.image_token_id).long()}
         with torch.no_grad():
             logits = model(**batch, pixel_values=torch.from_numpy(picture.values), image_grid_thw=torch.from_numpy(picture.grid)).logits[0, -1, words]
-        assert torch.softmax(logits, 0).tolist() == pytest.approx([getattr(said[post.post_id], x) for x in LABELS], abs=1e-4)
+        assert scaled(tuple(torch.softmax(logits, 0).tolist()), calibration.read(folder)) == pytest.approx([getattr(said[post.post_id], x) for x in LABELS], abs=1e-4)
 
 
 def test_9_endpoint_gives_the_label_of_the_bulk_labeler(root):

@@ -6,12 +6,13 @@ OpenAI's API (engines/endpoint.py). `scripted` is a fake for unit tests: it answ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from PIL import Image
 
+from mulcot_ray import calibration
 from mulcot_ray.artifacts import resolve_model
 from mulcot_ray.errors import ConfigError
 from mulcot_ray.prompts import Contract
@@ -71,6 +72,17 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class Streams(Engine, Protocol):
+    """An Engine whose answers can be followed while they are written."""
+
+    def stream(self, messages: Messages, image: Image.Image | None, sampling: Sampling) -> AsyncGenerator[Completion, None]:
+        """The answer as far as it is written, again and again; the last is what `generate` gives, and only it has a finish_reason.
+
+        Same faults as `generate`. Closing the generator ends the work on the answer.
+        """
+
+
 Script = Callable[[Messages, Sampling], str]
 
 
@@ -91,6 +103,7 @@ class EngineSpec:
     runtime: EngineRuntime
     backend: Literal["vllm", "endpoint", "scripted"] = "vllm"
     quantization: str | None = None
+    temperature: float = 1.0  # of calibration, not of sampling
     script: Script | None = None
 
 
@@ -110,7 +123,7 @@ def engine_spec(store: Store, recipe: Recipe, runtime: Runtime, role: Role, name
     """
     if not name.startswith(ENDPOINT):
         folder, fingerprint = resolve_model(store, name)
-        found = spec(recipe, runtime, role, str(folder), fingerprint)
+        found = replace(spec(recipe, runtime, role, str(folder), fingerprint), temperature=calibration.read(folder))
         return replace(found, quantization=recipe.teach.quantization) if role == "teacher" else found
     if getattr(runtime, role).endpoint is None:
         raise ConfigError(f"model {name!r} is at an endpoint, but runtime {runtime.name!r} has no `endpoint:` section under {role!r} to say where")

@@ -1,6 +1,6 @@
 """One post to one Prediction: the same object in the bulk labeler and behind the endpoint, so that both give the same label.
 
-`score` weighs the label words after one prefill: label and probabilities, no text. `explain` adds a rationale by the reasoning
+`score` weighs the label words after one prefill: label and calibrated probabilities, no text. `explain` adds a rationale by the reasoning
 prompt; a rationale that fails is recorded beside the label, which stands. `generate` lets the model write the whole answer by the
 predict prompt, as a teacher does, and takes the label from it.
 """
@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from PIL import Image
 
+from mulcot_ray.calibration import scaled
 from mulcot_ray.engines.ask import Asked, ask, sampling, score
 from mulcot_ray.engines.base import Engine
 from mulcot_ray.prompts import Contract
@@ -30,6 +31,7 @@ class LabelWork:
     max_tokens: int
     seed: int
     model: str
+    temperature: float = 1.0  # of the model's calibration
     contract_hash: str = field(init=False)  # computed once, not for every row
 
     kind: ClassVar[type[Rationale] | type[Prediction]] = Prediction
@@ -47,7 +49,7 @@ class LabelWork:
             label, tokens_in = asked.answer.label, asked.done.tokens_in
             return Prediction(post.post_id, label, self.model, self.contract_hash, tokens_in=tokens_in, **_written(asked))
         scores = await score(engine, self.contract, post, image)
-        p = scores.probabilities
+        p = scaled(scores.probabilities, self.temperature)
         rationale: dict[str, Any] = {"tokens_in": scores.tokens_in}
         if self.mode == "explain":
             asked = await ask(engine, self.contract, Task.REASONING, post, image, how)

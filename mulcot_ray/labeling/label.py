@@ -26,11 +26,11 @@ def label(
     run = begin(store, "predictions", name, identity, {"rows_per_chunk": runtime.rows_per_chunk})
     if isinstance(run, Manifest):
         return run, False
-    work = LabelWork(recipe.contract, mode, recipe.explain_tokens, recipe.seed, model)
+    work = LabelWork(recipe.contract, mode, recipe.explain_tokens, recipe.seed, model, spec.temperature)
     with run:
         tally = run_chunks(run, source, Selection(split), spec, work, runtime, progress)
         stats = {
-            "labels": {k.removeprefix("labels/"): n for k, n in sorted(tally.items()) if k.startswith("labels/")}, "mode": mode, "model": model,
+            "labels": {k.removeprefix("labels/"): n for k, n in sorted(tally.items()) if k.startswith("labels/")}, "mode": mode, "model": model, "temperature": spec.temperature,
             "tokens": {"in": tally["tokens_in"], "out": tally["tokens_out"]},
             "answers": {k: tally[k] for k in ("scored", "asked", "reused", "spared_tokens_in", "spared_tokens_out")},
         }  # fmt: skip

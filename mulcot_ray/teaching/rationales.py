@@ -24,7 +24,7 @@ from mulcot_ray.engines.chunks import Chunk, Progress, Selection, commit_part, r
 from mulcot_ray.errors import ConfigError, InputError, RowFault
 from mulcot_ray.prompts import Contract
 from mulcot_ray.recipe import Recipe, Runtime
-from mulcot_ray.records import SECTIONS, Post, Prediction, Rationale, Reason, Reject, Source, Task, from_row
+from mulcot_ray.records import SECTIONS, Post, Prediction, Rationale, Reason, Reject, Sentiment, Source, Task, from_row
 from mulcot_ray.storage import Store
 from mulcot_ray.teaching.card import card
 
@@ -183,7 +183,7 @@ def _copy(run: Run, part: str, rows: list[dict[str, Any]], work: RationaleWork) 
             else:
                 copy = replace(original, post_id=r["post_id"], duplicate_of=r["representative"], attempts=0, tokens_in=0, tokens_out=0)
                 kept.append(copy)
-            tally.update(work.tally(Post(r["post_id"], "", "", label=original.prediction if isinstance(original, Rationale) else None), copy))
+            tally.update(work.tally(Post(r["post_id"], "", "", label=Sentiment(r["label"]) if r["label"] else None), copy))
     tally["rejects"] = len(rejected)
     commit_part(run.store, run.prefix, part, Rationale, kept, rejected, tally)
 

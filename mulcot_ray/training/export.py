@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
+from mulcot_ray import calibration
 from mulcot_ray.prompts import Contract
 from mulcot_ray.recipe import Train
 from mulcot_ray.storage import Store
@@ -17,7 +18,15 @@ from mulcot_ray.training.model import build, load_processor, trainable
 
 
 def export(
-    checkpoint: str, base: str, settings: Train, contract: Contract, store: Store, prefix: str, card: str, history: dict[str, Any]
+    checkpoint: str,
+    base: str,
+    settings: Train,
+    contract: Contract,
+    store: Store,
+    prefix: str,
+    card: str,
+    history: dict[str, Any],
+    temperature: float | None = None,
 ) -> dict[str, int]:
     """Write the folder under the store; returns file sizes in bytes. Runs as a Ray task, in one plain process."""
     model = build(base, settings)
@@ -35,6 +44,8 @@ def export(
         (out / "contract.json").write_text(contract.model_dump_json(indent=1))
         (out / "history.json").write_text(json.dumps(history))
         (out / "README.md").write_text(card)
+        if temperature is not None:
+            (out / calibration.FILE).write_text(json.dumps({"temperature": temperature}))
         sizes = {}
         for f in sorted(p for p in out.rglob("*") if p.is_file()):
             name = str(f.relative_to(out))

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from mulcot_ray import calibration
 from mulcot_ray.errors import RowFault, TrainingError
 from mulcot_ray.posts.images import post_image
 from mulcot_ray.prompts import Contract, label_token_ids
@@ -169,24 +170,30 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Accuracy and macro F1 of the classification task by scored label words, over the whole validation split."""
+        """Accuracy and macro F1 of the classification task by scored label words, over the whole validation split, and the temperature
+        that would make the probabilities fit it (calibration.py)."""
         index = self.job.validation
         assert index is not None
         self.loss.eval()
-        confusion = torch.zeros(3, 3, device=self.device)
+        mine_said: list[tuple[int, list[float]]] = []  # gold, probabilities
         each = -(-len(index) // (self.world * self.job.micro_batch)) * self.job.micro_batch  # every worker takes part in every forward
         for lo in range(0, each, self.job.micro_batch):
             mine = [self.rank * each + lo + i for i in range(self.job.micro_batch)]
-            batch = self._batch([self._classify(*index.fetch(i % len(index))) for i in mine])
-            best = self._label_logits(batch).argmax(-1).tolist()
-            for i, y in zip(mine, best, strict=True):
-                if i < len(index):
-                    confusion[LABELS.index(_gold(index.fetch(i)[0])), y] += 1
-        dist.all_reduce(confusion)
+            posts = [index.fetch(i % len(index))[0] for i in mine]
+            batch = self._batch([self._classify(post) for post in posts])
+            p = torch.softmax(self._label_logits(batch).float(), -1).tolist()
+            mine_said += [(LABELS.index(_gold(post)), x) for i, post, x in zip(mine, posts, p, strict=False) if i < len(index)]
         self.loss.train()
-        hit, found, said = confusion.diag(), confusion.sum(1), confusion.sum(0)
-        f1 = 2 * hit / (found + said).clamp(min=1)
-        return {"accuracy": float(hit.sum() / confusion.sum()), "macro_f1": float(f1.mean())}
+        everyone: list[list[tuple[int, list[float]]]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(everyone, mine_said)
+        said = [x for part in everyone for x in part]
+        confusion = torch.zeros(3, 3)
+        for gold, p in said:
+            confusion[gold, p.index(max(p))] += 1
+        hit, found, answered = confusion.diag(), confusion.sum(1), confusion.sum(0)
+        f1 = 2 * hit / (found + answered).clamp(min=1)
+        t = calibration.fit([p for _, p in said], [gold for gold, _ in said])
+        return {"accuracy": float(hit.sum() / confusion.sum()), "macro_f1": float(f1.mean()), "temperature": t}
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -251,7 +258,7 @@ class Trainer:
         e = supervised(self.processor, self.job.contract, Task.CLASSIFICATION, post, Sentiment.NEUTRAL, answer, picture, self.job.max_model_len)
         return Example(e.ids, np.full_like(e.labels, IGNORE), e.picture)
 
-    def _classify(self, post: Post, _: Rationale | None) -> Example:
+    def _classify(self, post: Post) -> Example:
         try:
             return self._example(Task.CLASSIFICATION, post, None, self._picture(post))
         except RowFault:  # too long or unreadable: the label has to be found without it

@@ -120,8 +120,12 @@ def _fit(run: Run, job: Any, runtime: Runtime, progress: Progress) -> Manifest:
     history = {"steps": state["steps"], "validation": state["validation"], "best": metrics, "skipped": state["skipped"]}
     task = ray.remote(num_cpus=1)(_export)
     with best.as_directory() as folder:
-        ray.get(task.remote(export, folder, job.base, job.settings, job.contract, store, run.prefix, _card(run, job, metrics), history))
-    stats = {k: metrics[k] for k in ("accuracy", "macro_f1", "epoch", "step") if k in metrics} | {"rows": len(job.train), "skipped": state["skipped"]}
+        card, t = _card(run, job, metrics), metrics.get("temperature")
+        ray.get(task.remote(export, folder, job.base, job.settings, job.contract, store, run.prefix, card, history, t))
+    stats = {k: metrics[k] for k in ("accuracy", "macro_f1", "temperature", "epoch", "step") if k in metrics} | {
+        "rows": len(job.train),
+        "skipped": state["skipped"],
+    }
     manifest = run.commit(len(job.train), stats=stats)
     _remove(store, f"training/{work}")
     return manifest
