@@ -135,7 +135,7 @@ class EngineRuntime(Frozen):
     pipeline_parallel: int = Field(1, ge=1)
     cpus: float = Field(1, ge=0)  # per replica, on top of its GPUs
     max_num_seqs: int | None = Field(None, ge=1)  # rows that the engine works on at once; None: derived from model and memory
-    kv_cache_mb: int | None = None  # per replica; None: what the engine finds free
+    kv_cache_mb: int | None = None  # per device; None: what the engine finds free
     compile: bool = False  # CUDA graphs and torch.compile; a minute of start-up on a CPU
     accelerator: str = "cpu"  # a name in the price table: what one such GPU (or this machine) holds, computes and costs
     extra: dict[str, Any] = {}  # passed to vLLM's AsyncEngineArgs as they are

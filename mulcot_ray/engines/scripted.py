@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections.abc import AsyncGenerator
 
 from PIL import Image
 
@@ -24,6 +26,14 @@ class ScriptedEngine:
         words = self.script(messages, sampling).split(" ")
         cut = len(words) > sampling.max_tokens
         return Completion(" ".join(words[: sampling.max_tokens]), "length" if cut else "stop", n, min(len(words), sampling.max_tokens))
+
+    async def stream(self, messages: Messages, image: Image.Image | None, sampling: Sampling) -> AsyncGenerator[Completion, None]:
+        done = await self.generate(messages, image, sampling)
+        words = done.text.split(" ")
+        for n in range(1, len(words)):
+            yield Completion(" ".join(words[:n]), "", done.tokens_in, n)
+            await asyncio.sleep(0)
+        yield done
 
     async def score(self, messages: Messages, image: Image.Image | None, written: str = "") -> Scores:
         n = self._length(messages)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import os
 import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from PIL import Image
@@ -63,18 +65,14 @@ class VLLMEngine:
         self.label_ids = label_token_ids(self.tokenizer, s.contract)
 
     async def generate(self, messages: Messages, image: Image.Image | None, sampling: Sampling) -> Completion:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+        ids, params = self._writing(messages, image, sampling, "FINAL_ONLY")
+        return _completion(await self._run(ids, image, params))
 
-        ids, room = self._tokens(render_chat(self.tokenizer, messages), image)
-        params = SamplingParams(
-            max_tokens=min(sampling.max_tokens, room), temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            structured_outputs=StructuredOutputsParams(regex=sampling.guide) if sampling.guide else None,
-        )  # fmt: skip
-        out = await self._run(ids, image, params)
-        first = out.outputs[0]
-        return Completion(first.text, first.finish_reason or "stop", len(out.prompt_token_ids), len(first.token_ids))
+    async def stream(self, messages: Messages, image: Image.Image | None, sampling: Sampling) -> AsyncGenerator[Completion, None]:
+        ids, params = self._writing(messages, image, sampling, "CUMULATIVE")
+        async with aclosing(self._outputs(ids, image, params)) as outputs:
+            async for out in outputs:
+                yield _completion(out)
 
     async def score(self, messages: Messages, image: Image.Image | None, written: str = "") -> Scores:
         """One prefill: the distribution of the token after `"Prediction": "`, restricted to the three label words."""
@@ -102,6 +100,19 @@ class VLLMEngine:
     def close(self) -> None:
         self.llm.shutdown()
 
+    def _writing(self, messages: Messages, image: Image.Image | None, sampling: Sampling, kind: str) -> tuple[list[int], Any]:
+        """Token ids of the prompt, and vLLM's sampling parameters for an answer; `kind` is how its outputs come."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+        ids, room = self._tokens(render_chat(self.tokenizer, messages), image)
+        params = SamplingParams(
+            max_tokens=min(sampling.max_tokens, room), temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed,
+            output_kind=RequestOutputKind[kind],
+            structured_outputs=StructuredOutputsParams(regex=sampling.guide) if sampling.guide else None,
+        )  # fmt: skip
+        return ids, params
+
     def _tokens(self, prompt: str, image: Image.Image | None) -> tuple[list[int], int]:
         """Token ids (the picture still one token) and how many tokens an answer may have."""
         ids: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -112,6 +123,16 @@ class VLLMEngine:
         return ids, room
 
     async def _run(self, ids: list[int], image: Image.Image | None, params: Any) -> Any:
+        """The last output."""
+        last = None
+        async with aclosing(self._outputs(ids, image, params)) as outputs:
+            async for out in outputs:
+                last = out
+        assert last is not None
+        return last
+
+    async def _outputs(self, ids: list[int], image: Image.Image | None, params: Any) -> AsyncGenerator[Any, None]:
+        """vLLM's outputs of one request. Raises EngineError and RowFault in place of vLLM's errors; closing it aborts the request."""
         from vllm.exceptions import VLLMClientError
         from vllm.renderers.inputs.preprocess import parse_model_prompt
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -121,12 +142,15 @@ class VLLMEngine:
             prompt["multi_modal_data"] = {"image": image}
         try:
             (ready,) = await self.llm.renderer.render_cmpl_async([parse_model_prompt(self.llm.model_config, prompt)])
-            last = None
-            async for out in self.llm.generate(ready, params, uuid.uuid4().hex):
-                last = out
+            async with aclosing(self.llm.generate(ready, params, uuid.uuid4().hex)) as outputs:
+                async for out in outputs:
+                    yield out
         except EngineDeadError as e:
             raise EngineError(f"the vLLM engine of {self.spec.model} has died; see the worker's log") from e
         except VLLMClientError as e:
             raise RowFault(Reason.ENGINE_ERROR, f"the engine refuses the row: {e}") from e
-        assert last is not None
-        return last
+
+
+def _completion(out: Any) -> Completion:
+    first = out.outputs[0]
+    return Completion(first.text, (first.finish_reason or "stop") if out.finished else "", len(out.prompt_token_ids), len(first.token_ids))
