@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import shutil
 import statistics
 import tempfile
 import time
@@ -28,11 +29,11 @@ from mulcot_ray.storage import Store
 RECIPE, RUNTIME = load_recipe("tiny"), load_runtime("laptop")
 
 
-def ours(store: Store, name: str) -> float:
-    """Rows per second of `mulcot label --mode generate`."""
+def ours(store: Store, name: str, cache: bool = False) -> float:
+    """Rows per second of `mulcot label --mode generate`; with `cache`, each answer is kept (and found missing before)."""
     marks: list[tuple[float, int]] = []
     label(
-        store, name, posts="sample", model="builtin:teacher", mode="generate", role="teacher", recipe=RECIPE, runtime=RUNTIME,
+        store, name, posts="sample", model="builtin:teacher", mode="generate", role="teacher", recipe=RECIPE, runtime=RUNTIME.model_copy(update={"answer_cache": cache}),
         progress=lambda done, total, rejects: marks.append((time.time(), done)),
     )  # fmt: skip
     return _rate(marks)
@@ -90,12 +91,14 @@ def main() -> None:
     ap.add_argument("--posts", type=int, default=512)
     ap.add_argument("--repeat", type=int, default=3)
     a = ap.parse_args()
-    found: dict[str, list[float]] = {"mulcot": [], "ray.data.llm": []}
+    found: dict[str, list[float]] = {"mulcot": [], "mulcot, answers kept": [], "ray.data.llm": []}
     with tempfile.TemporaryDirectory() as folder, session(RUNTIME):
         store = Store(folder)
         import_sample(store, "sample", train=a.posts, validation=0, test=0, seed=1)
         for i in range(a.repeat):
             found["mulcot"].append(ours(store, f"run-{i}"))
+            found["mulcot, answers kept"].append(ours(store, f"kept-{i}", cache=True))
+            shutil.rmtree(store.path("answers"))
             found["ray.data.llm"].append(processor(store))
             print({k: [round(x, 1) for x in v] for k, v in found.items()}, flush=True)
     medians = {k: statistics.median(v) for k, v in found.items()}

@@ -81,6 +81,7 @@ def run_demo(store: Store, recipe: Recipe, runtime: Runtime, train: int) -> None
                 references=references,
                 split=Split.TEST,
                 contract=recipe.contract,
+                runtime=runtime,
             )
             note("evaluate", (manifest, fresh))
         note("serve", _endpoint(store, recipe, runtime))

@@ -109,15 +109,20 @@ def show_plan(store: Store, recipe: Recipe, runtime: Runtime, what: Any, posts: 
     console.print("Nothing was started or written.")
 
 
-def answers_of(store: Store, answers: str, posts: str | None) -> tuple[Any, str]:
-    """The kind of the answers and the posts that they were made for."""
-    kind = "predictions" if find(store, "predictions", answers) is not None else "rationales"
-    manifest = need(store, "rationales", answers) if kind == "rationales" else need(store, "predictions", answers)
+def answers_of(store: Store, answers: str, posts: str | None) -> tuple[Manifest, str]:
+    """The table of the answers (predictions of that name, or else rationales), and the posts that they were made for."""
+    table = find(store, "predictions", answers) or need(store, "rationales", answers)
     if posts is None:
-        posts = next((n for n in store.names("posts") if need(store, "posts", n).fingerprint == manifest.identity.get("posts")), None)
+        posts = next((n for n in store.names("posts") if need(store, "posts", n).fingerprint == table.identity.get("posts")), None)
         if posts is None:
-            raise ConfigError(f"{kind} {answers!r} were made for posts that are not under {store.root}; name them with --posts")
-    return kind, posts
+            raise ConfigError(f"{table.kind} {answers!r} were made for posts that are not under {store.root}; name them with --posts")
+    return table, posts
+
+
+def split_of(table: Manifest) -> Split | None:
+    """The split that a table was made over: posts of another one were never asked, and must not count as wrong."""
+    split = table.identity.get("split")
+    return Split(split) if split in list(Split) else None
 
 
 def default_name(posts: str, model: str) -> str:

@@ -25,6 +25,7 @@ from mulcot_ray.cli.common import (
     default_name,
     done,
     failed,
+    split_of,
     stage,
 )
 from mulcot_ray.console import console, rows
@@ -108,12 +109,15 @@ def evaluate(
     references: Annotated[str | None, typer.Option("--references", help="Rationale table to compare rationales with.")] = None,
     calibrate_on: Annotated[str | None, typer.Option("--calibrate-on", help="The same model's predictions over validation posts: fit a temperature there. Without, that of the model's folder is judged.")] = None,
     duplicates: Annotated[str | None, typer.Option("--duplicates", help="A table of `mulcot duplicates`, for a slice of its own.")] = None,
+    slices: Annotated[list[str] | None, typer.Option("--slice", help="A key of the posts' meta to slice by; repeat for several.")] = None,
+    scores: Annotated[str | None, typer.Option("--scores", help="Of bleu,meteor,rouge_l,embedding_similarity; all if not given. Embeddings take 20 to 90 ms a text.")] = None,
     root: Root = "runs", recipe: RecipeOption = "tiny", runtime: RuntimeOption = "laptop", name: Name = None, split: SplitOption = None,
     mode: Mode = LabelMode.EXPLAIN,
     role: RoleOption = Role.STUDENT,
 ) -> None:  # fmt: skip
     """Score answers against gold: accuracy, weighted and macro F1, confusion; for rationales BLEU, METEOR, ROUGE-L, similarity, Distinct-1/2."""
     from mulcot_ray.evaluation.evaluate import evaluate as run
+    from mulcot_ray.evaluation.metrics import SCORES
     from mulcot_ray.evaluation.show import show
     from mulcot_ray.labeling.label import label as make
 
@@ -129,11 +133,14 @@ def evaluate(
                 )
             done(store, manifest, fresh)
         assert answers is not None
-        kind, source = answers_of(store, answers, posts)
-        manifest, report, fresh = run(
-            store, name or answers, posts=source, answers=answers, answers_kind=kind, references=references, split=split, contract=r.contract,
-            runtime=t, calibration=calibrate_on, duplicates=duplicates,
-        )  # fmt: skip
+        table, source = answers_of(store, answers, posts)
+        with rows("evaluate") as progress:
+            manifest, report, fresh = run(
+                store, name or answers, posts=source, answers=answers, answers_kind=table.kind, references=references,  # type: ignore[arg-type, misc]
+                split=split or split_of(table), contract=r.contract, runtime=t, calibration=calibrate_on, duplicates=duplicates,
+                slices=tuple(slices or ("relation",)), scores=SCORES if scores is None else tuple(x for x in scores.split(",") if x),  # type: ignore[arg-type, misc]
+                progress=progress,
+            )  # fmt: skip
     console.print(show(report))
     done(store, manifest, fresh)
 
@@ -151,8 +158,12 @@ def compare(
 
     r, t = load_recipe(recipe), load_runtime(runtime)
     with stage(root, f"compare-{name or a}") as store:
-        _, source = answers_of(store, a, posts)
-        manifest, report, fresh = run(store, name or f"{a}.against.{b}", posts=source, a=a, b=b, split=split, contract=r.contract, runtime=t)
+        table, source = answers_of(store, a, posts)
+        with rows("compare") as progress:
+            manifest, report, fresh = run(
+                store, name or f"{a}.against.{b}", posts=source, a=a, b=b, split=split or split_of(table), contract=r.contract, runtime=t,
+                progress=progress,
+            )  # fmt: skip
     console.print(show_comparison(report))
     done(store, manifest, fresh)
 

@@ -125,6 +125,8 @@ def teach(
                 store, target, posts=posts, recipe=r, runtime=t, split=split, retry_rejects=retry_rejects, duplicates=duplicates, progress=progress
             )
     done(store, manifest, fresh)
+    if manifest.rejects:
+        console.print(f"  its rejects can be asked again: mulcot teach --posts {posts} --retry-rejects {manifest.name}", soft_wrap=True)
 
 
 @app.command()

@@ -1,59 +1,79 @@
-"""Score answers (predictions, or rationales that end on a label) against the gold of a posts table."""
+"""Score answers (predictions, or rationales that end on a label) against the gold of a posts table.
+
+Posts, answers and references are brought together by post_id (matching.py), each bucket of posts is counted in a Ray task (tally.py), and
+the counts are added up here: of 100,000 answers this process holds counts, sums and the hashes of distinct n-grams.
+
+The structure of report.json is in summary.py.
+"""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
-from mulcot_ray.artifacts import Manifest, begin, find, need, read_rows
+import numpy as np
+import pyarrow as pa
+
+from mulcot_ray.artifacts import Manifest, begin, find, need
+from mulcot_ray.engines.chunks import Progress
 from mulcot_ray.errors import ArtifactError, ConfigError, InputError
-from mulcot_ray.evaluation.metrics import distinct, label_scores, rationale_scores
+from mulcot_ray.evaluation.calibration import scaled, temperature
+from mulcot_ray.evaluation.matching import RECORDS, Bucket, match, table
+from mulcot_ray.evaluation.matching import answers as answer_rows
+from mulcot_ray.evaluation.matching import posts as post_rows
+from mulcot_ray.evaluation.metrics import SCORES, Score
+from mulcot_ray.evaluation.statistics import Floats
+from mulcot_ray.evaluation.summary import VERSION, headline, lineage, summarise
+from mulcot_ray.evaluation.tally import BUILT_IN_SLICES, Question, Tally, probabilities, tally
 from mulcot_ray.prompts import Contract
-from mulcot_ray.records import SECTIONS, Sentiment, Source, Split
+from mulcot_ray.recipe import Runtime
+from mulcot_ray.records import LABELS, SECTIONS, Reject, Sentiment, Split
 from mulcot_ray.storage import Store
 
-LABEL_CONDITIONED = (Source.EXPLAINED, Source.IMPORTED)  # written by someone who saw the gold label, or may have
-FACTS = ("label_mass", "stated", "rationale_fault")
-
-
-@dataclass
-class Answers:
-    """What is kept of an answers table, for the gold posts alone: labels, rationale texts, and sums for the means."""
-
-    labels: dict[str, Sentiment] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)
-    rejected: Counter[str] = field(default_factory=Counter)
-    sources: Counter[str] = field(default_factory=Counter)
-    label_mass: float = 0.0
-    scored: int = 0
-    stated: int = 0
-    consistent: int = 0
-    faults: int = 0
+SLOW = {"meteor", "embedding_similarity"}  # 1 to 200 ms a post
+DUPLICATES = pa.schema([("post_id", pa.string()), ("kind", pa.string())])
 
 
 def evaluate(
     store: Store, name: str, *, posts: str, answers: str, answers_kind: Literal["predictions", "rationales"], references: str | None,
-    split: Split | None, contract: Contract,
+    split: Split | None, contract: Contract, runtime: Runtime, calibration: str | None = None, duplicates: str | None = None,
+    slices: tuple[str, ...] = ("relation",), scores: tuple[Score, ...] = SCORES, progress: Progress | None = None,
 ) -> tuple[Manifest, dict[str, Any], bool]:  # fmt: skip
     """Write evaluations/NAME/report.json. Returns its manifest, the report, and whether this call made it.
 
     A gold post that the answers rejected or never saw counts as wrong. Where `references` are given (rationales of that name or else
-    predictions, for instance a teacher's that was not shown the label), rationales are scored too, on the posts where both have one;
-    without them only Distinct-1/2 are. `split` None: every post with gold.
+    predictions, for instance a teacher's that was not shown the label), rationales are scored too, on the posts where both have one, by
+    `scores`; without them only Distinct-1/2 are. `split` None: every post with gold. `calibration` names the same model's predictions over
+    validation posts of the same table, on which a temperature is fitted (without, that of the model's folder is judged); `duplicates` a
+    duplicates table, `slices` keys of meta.
+
     Raises ArtifactMissing; InputError when the split has no gold or a table is about other posts; ConfigError when predictions
-    were made under another contract than `contract`, since the two would not have answered the same question.
+    were made under another contract than `contract`, since the two would not have answered the same question, when `calibration` is of
+    another model or answers a post that is scored, and for a slice or score that there cannot be.
     """
-    gold_table, answer_table = need(store, "posts", posts), need(store, answers_kind, answers)
-    reference_table = _reference_table(store, references) if references is not None else None
+    if (wrong := set(slices) & set(BUILT_IN_SLICES)) or len(set(slices)) < len(slices):
+        raise ConfigError(
+            f"slices {list(slices)}: each a key of meta, once, and none of {list(BUILT_IN_SLICES)}, which are always there ({wrong or 'twice'})"
+        )
+    if unknown := set(scores) - set(SCORES):
+        raise ConfigError(f"scores {sorted(unknown)}: only {', '.join(SCORES)} are known")
+    tables = {"posts": need(store, "posts", posts), "answers": need(store, answers_kind, answers)}
+    if references is not None:
+        tables["references"] = either(store, references)
+    if calibration is not None:
+        tables["calibration"] = need(store, "predictions", calibration)
+    if duplicates is not None:
+        tables["duplicates"] = need(store, "duplicates", duplicates)
+        if tables["duplicates"].identity.get("posts") not in (None, tables["posts"].fingerprint):
+            raise ConfigError(f"duplicates {duplicates!r} were found among other posts than {posts!r}")
     identity = {
-        "stage": "evaluate", "posts": gold_table.fingerprint, "answers": answer_table.fingerprint,
-        "references": reference_table.fingerprint if reference_table else None, "split": split,
+        "stage": "evaluate", "report": VERSION, **{k: m.fingerprint for k, m in tables.items()}, "split": split, "contract": contract.hash,
+        "slices": slices, "scores": scores,
     }  # fmt: skip
     # Scored before the name is taken: a wrong --split or --posts leaves nothing behind that would stand in the way of the right one.
-    report = None if find(store, "evaluations", name) else _score(store, gold_table, answer_table, reference_table, split, contract)
+    report = None if find(store, "evaluations", name) else _score(store, tables, split, contract, slices, scores, runtime, progress)
     run = begin(store, "evaluations", name, identity)
     if isinstance(run, Manifest):
         return run, load_report(store, name), False
@@ -72,127 +92,96 @@ def load_report(store: Store, name: str) -> dict[str, Any]:
     return dict(json.loads(data))
 
 
-def headline(report: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers that stand in the manifest and in a log line."""
-    labels, counts, rationales = report["labels"], report["counts"], report["rationales"] or {}
-    return {
-        "accuracy": labels["accuracy"], "weighted_f1": labels["weighted_f1"], "macro_f1": labels["macro_f1"],
-        "gold": counts["gold"], "answered": counts["answered"], **{k: v for k, v in rationales.items() if k not in ("pairs", "texts")},
-    }  # fmt: skip
-
-
-def _score(
-    store: Store, gold_table: Manifest, answer_table: Manifest, reference_table: Manifest | None, split: Split | None, contract: Contract
-) -> dict[str, Any]:
-    gold = _read_gold(store, gold_table, split)
-    found = _read_answers(store, answer_table, gold, contract)
-    report: dict[str, Any] = {
-        "posts": gold_table.name,
-        "answers": f"{answer_table.kind}/{answer_table.name}",
-        "references": f"{reference_table.kind}/{reference_table.name}" if reference_table else None,
-        "split": split,
-        "counts": _counts(gold, found),
-        "rejects_by_reason": dict(found.rejected),
-        "labels": label_scores(list(gold.values()), [found.labels.get(p) for p in gold]),
-        "rationales": None,
-        "references_label_conditioned": None,
-    }
-    if answer_table.kind == "predictions":
-        report["predictions"] = _prediction_facts(found)
-    else:
-        # A label that stands under an explanation of the gold label is no evidence that the model would have found it.
-        report["answers_by_source"] = dict(found.sources)
-        report["answers_label_conditioned"] = any(s in found.sources for s in LABEL_CONDITIONED)
-    if reference_table is not None:
-        texts, sources = _read_references(store, reference_table, gold)
-        both = [p for p in found.texts if p in texts]
-        scores = rationale_scores([texts[p] for p in both], [found.texts[p] for p in both]) if both else {}
-        report["rationales"] = {"pairs": len(both), **scores}
-        report["references_label_conditioned"] = any(s in sources for s in LABEL_CONDITIONED)
-    elif found.texts:
-        report["rationales"] = {"texts": len(found.texts), **{f"distinct_{n}": distinct(list(found.texts.values()), n) for n in (1, 2)}}
-    return report
-
-
-def _reference_table(store: Store, name: str) -> Manifest:
+def either(store: Store, name: str) -> Manifest:
+    """Rationales of that name, or else predictions."""
     found = find(store, "rationales", name) or find(store, "predictions", name)
     return found or need(store, "rationales", name)  # which says what is missing and how to make it
 
 
-def _read_gold(store: Store, table: Manifest, split: Split | None) -> dict[str, Sentiment]:
-    rows = read_rows(store, table, columns=["post_id", "label", "split"])
-    gold = {r["post_id"]: Sentiment(r["label"]) for r in rows if r["label"] is not None and (split is None or r["split"] == split)}
+def _score(
+    store: Store, tables: Mapping[str, Manifest], split: Split | None, contract: Contract, slices: tuple[str, ...], scores: tuple[Score, ...],
+    runtime: Runtime, progress: Progress | None,
+) -> dict[str, Any]:  # fmt: skip
+    answers, references = tables["answers"], tables.get("references")
+    fitted = _fit(store, tables["posts"], answers, tables["calibration"], split, contract, runtime) if "calibration" in tables else None
+    inputs = [
+        post_rows(tables["posts"], None if split is None else [split], slices, gold=True),
+        answer_rows("answer", answers),
+        table("reject", answers, Reject.schema, ("post_id", "reason"), rejects=True),
+    ]
+    if references is not None:
+        source = ["source"] if references.kind == "rationales" else []
+        inputs.append(table("reference", references, RECORDS[references.kind].schema, ("post_id", *source, *SECTIONS)))
+    if "duplicates" in tables:
+        inputs.append(table("duplicate", tables["duplicates"], DUPLICATES, ("post_id", "kind")))
+    given = given_temperature(answers)
+    t = fitted["temperature"] if fitted else given if given != 1 else None
+    question = Question(answers.kind, answers.name, contract, slices, "duplicates" in tables, scores, given, t)
+    total = Tally()
+    for part in match(store, inputs, partial(tally, question), runtime, quick=references is None or not SLOW & set(scores)):
+        total.merge(part)
+        if progress is not None:
+            progress(total.counts["gold"], max(total.counts["gold"], posts_of(tables["posts"], split)), total.counts["rejected"])
+    _check(total, tables, split)
+    return summarise(total, tables, split, question, fitted) | {"lineage": lineage(store, tables, contract)}
+
+
+def posts_of(posts: Manifest, split: Split | None) -> int:
+    """How many posts there are, with gold or without."""
+    return posts.rows if split is None else int(posts.stats.get("splits", {}).get(split, 0))
+
+
+def given_temperature(predictions: Manifest) -> float:
+    """The temperature that is in the probabilities already: that of the model's folder (mulcot_ray/calibration.py)."""
+    return float(predictions.stats.get("temperature") or 1.0)
+
+
+def _check(t: Tally, tables: Mapping[str, Manifest], split: Split | None) -> None:
+    gold, answers = t.counts["gold"], tables["answers"]
     if not gold:
         where = f"split {split}" if split else "any split"
-        raise InputError(f"posts/{table.name} has no post with a gold label in {where}: nothing to score against")
-    return gold
+        raise InputError(f"posts/{tables['posts'].name} has no post with a gold label in {where}: nothing to score against")
+    if not t.counts["answered"] and not t.counts["rejected"]:
+        raise InputError(f"{answers.kind}/{answers.name} is about none of the {gold} gold posts: another --posts or --split is meant")
+    if (r := tables.get("references")) is not None and not t.counts["references"]:
+        raise InputError(f"{r.kind}/{r.name} has a reference for none of the {gold} gold posts: another --references or --split is meant")
+    if "calibration" in tables and not t.before.count.any():
+        raise ConfigError(f"{answers.kind}/{answers.name} hold no probabilities (label them with --mode score or explain): nothing to calibrate")
 
 
-def _read_answers(store: Store, table: Manifest, gold: Mapping[str, Sentiment], contract: Contract) -> Answers:
-    found = Answers()
-    key = "label" if table.kind == "predictions" else "prediction"
-    columns = ["post_id", key, "contract", *SECTIONS, *(FACTS if table.kind == "predictions" else ("source",))]
-    for r in read_rows(store, table, columns=columns):
-        post = r["post_id"]
-        if post not in gold:
-            continue
-        if post in found.labels:
-            raise InputError(f"{table.kind}/{table.name} answers post {post!r} twice")
-        if table.kind == "predictions" and r["contract"] != contract.hash:
-            raise ConfigError(
-                f"predictions/{table.name} were made under contract {r['contract']}, not {contract.hash} ({contract.name}): "
-                "evaluate with the recipe that made them"
-            )
-        found.labels[post] = Sentiment(r[key])
-        if all(r[s] for s in SECTIONS):
-            found.texts[post] = rationale_text(r)
-        if table.kind == "rationales":
-            found.sources[r["source"]] += 1
-            continue
-        found.label_mass += r["label_mass"] or 0.0
-        found.scored += r["label_mass"] is not None
-        found.stated += r["stated"] is not None
-        found.consistent += r["stated"] is not None and r["stated"] == r["label"]
-        found.faults += r["rationale_fault"] is not None
-    rejected = {r["post_id"]: r["reason"] for r in read_rows(store, table, rejects=True, columns=["post_id", "reason"])}
-    found.rejected.update(reason for post, reason in rejected.items() if post in gold and post not in found.labels)
-    if not found.labels and not found.rejected:
-        raise InputError(f"{table.kind}/{table.name} is about none of the {len(gold)} gold posts: another --posts or --split is meant")
-    return found
+# --- the temperature -------------------------------------------------------------------------------------------------
 
 
-def _read_references(store: Store, table: Manifest, gold: Mapping[str, Sentiment]) -> tuple[dict[str, str], set[str]]:
-    texts, sources = dict[str, str](), set[str]()
-    source = ["source"] if table.kind == "rationales" else []
-    for r in read_rows(store, table, columns=["post_id", *source, *SECTIONS]):
-        if r["post_id"] in gold and all(r[s] for s in SECTIONS):
-            texts[r["post_id"]] = rationale_text(r)
-            sources.update(r[s] for s in source)
-    if not texts:
-        raise InputError(
-            f"{table.kind}/{table.name} has a reference for none of the {len(gold)} gold posts: another --references or --split is meant"
-        )
-    return texts, sources
+def _fit(
+    store: Store, posts: Manifest, answers: Manifest, validation: Manifest, split: Split | None, contract: Contract, runtime: Runtime
+) -> dict[str, Any]:
+    """The temperature that suits the validation posts best, and on how many it was fitted. 32 bytes of each are held here."""
+    name = f"predictions/{validation.name}"
+    if split in (None, Split.VALIDATION):
+        raise ConfigError(f"{name} calibrate on validation posts, so these cannot be scored as well: name another --split, such as test")
+    for key, what in (("posts", "posts"), ("model", "model")):
+        a, b = (answers.identity.get(key) if key == "model" else posts.fingerprint), validation.identity.get(key)
+        if a is not None and b is not None and a != b:
+            raise ConfigError(f"{name} are of another {what} ({b}) than predictions/{answers.name} ({a}): a temperature carries over to neither")
+    inputs = [post_rows(posts, [Split.VALIDATION, split], (), gold=True), answer_rows("answer", validation)]
+    found: list[tuple[Floats, list[int]]] = []
+    for p, gold, shared in match(store, inputs, partial(_fit_bucket, contract.hash, str(split)), runtime):
+        if shared:
+            raise ConfigError(f"{name} answer post {shared!r} of the {split} split, which is scored: calibrate on validation posts alone")
+        found.append((p, gold))
+    gold = [g for _, some in found for g in some]
+    if not gold:
+        raise InputError(f"{name} hold probabilities for no validation post with gold of posts/{posts.name}")
+    t = temperature(scaled(np.concatenate([p for p, _ in found]), 1 / given_temperature(validation)), gold)
+    return {"temperature": t, "fitted_on": {"predictions": validation.name, "posts": len(gold)}}
 
 
-def rationale_text(row: Mapping[str, Any]) -> str:
-    """The four sections, one a line. Headers are left out: they are the same in every rationale and would raise each score."""
-    return "\n".join(row[s] for s in SECTIONS)
-
-
-def _counts(gold: Mapping[str, Sentiment], found: Answers) -> dict[str, int]:
-    answered, rejected = len(found.labels), found.rejected.total()
-    return {"gold": len(gold), "answered": answered, "rejected": rejected, "missing": len(gold) - answered - rejected}
-
-
-def _prediction_facts(found: Answers) -> dict[str, float | int | None]:
-    """label_mass: mean share of the vocabulary that the label words had. consistency: share of rationales whose last line
-    states the label that the model predicts, among the `stated` ones. rationale_faults: share of answers with an unusable rationale.
-    None where there is nothing to average."""
-    answered = len(found.labels)
-    return {
-        "label_mass": found.label_mass / found.scored if found.scored else None,
-        "stated": found.stated,
-        "consistency": found.consistent / found.stated if found.stated else None,
-        "rationale_faults": found.faults / answered if answered else None,
-    }
+def _fit_bucket(contract: str, split: str, bucket: Bucket) -> tuple[Floats, list[int], str | None]:
+    """Probabilities and gold of a bucket's validation posts, and a post of the split under evaluation that is answered too."""
+    answers = {a["post_id"]: a for a in bucket["answer"]}
+    met = [(p, answers[p["post_id"]]) for p in bucket["post"] if p["post_id"] in answers]
+    if wrong := next((a for _, a in met if a["contract"] != contract), None):
+        raise ConfigError(f"the predictions to calibrate on were made under contract {wrong['contract']}, not {contract}")
+    sure = [(p, a) for p, a in met if p["split"] == Split.VALIDATION and a["negative"] is not None]
+    shared = next((p["post_id"] for p, _ in met if p["split"] == split), None)
+    return probabilities([a for _, a in sure]), [LABELS.index(Sentiment(p["label"])) for p, _ in sure], shared
