@@ -67,6 +67,9 @@ class Lora(Frozen):
     r: int = Field(gt=0)
     alpha: float = Field(gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
+    # Train the embeddings of the label words' first tokens too. A base that has hardly seen these words apart from each other keeps them nearly
+    # equal, and no adapter before a frozen output layer can then make the model sure (measured: confidence stops at 0.67).
+    label_words: bool = False
     # Regular expression over module names. The authors' bare suffixes also match the MLPs of the vision tower.
     targets: str = r".*language_model\.layers\.\d+\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 

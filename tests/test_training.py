@@ -92,7 +92,7 @@ def _curve(store, name, posts="sample", **options):
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_two_processes_equal_one(store, runtime, ray_session, method):
     """FSDP over two workers gives the losses of one worker, step by step, with soft labels and both tasks."""
-    lora = Lora(r=4, alpha=8) if method == "lora" else None
+    lora = Lora(r=4, alpha=8, label_words=True) if method == "lora" else None
     settings = RECIPE.student.model_copy(update={"epochs": 1, "global_batch": 32, "method": method, "lora": lora})
     common = dict(settings=settings, tasks=(Task.REASONING, Task.CLASSIFICATION), runtime=runtime, assistant="builtin:assistant")
     one, *_ = _curve(store, f"{method}-1", workers=1, **common)

@@ -29,7 +29,7 @@ def export(
     temperature: float | None = None,
 ) -> dict[str, int]:
     """Write the folder under the store; returns file sizes in bytes. Runs as a Ray task, in one plain process."""
-    model = build(base, settings)
+    model = build(base, settings, contract)
     content = {"model": trainable(model)}  # tensors of the model itself: loading fills them in place
     dcp.load(content, checkpoint_id=Path(checkpoint) / "shards", no_dist=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -95,7 +95,7 @@ class Trainer:
         self.device = torch.device("cuda", torch.cuda.current_device()) if job.device == "cuda" else torch.device("cpu")
         torch.manual_seed(job.seed)  # the same adapters on every worker
         self.processor = load_processor(job.base)
-        model = build(job.base, s)
+        model = build(job.base, s, job.contract)
         if job.checkpointing:
             core(model).gradient_checkpointing_enable()  # type: ignore[operator]
         self.image_token = core(model).config.image_token_id  # type: ignore[union-attr]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mulcot_ray.errors import TrainingError
+from mulcot_ray.prompts import Contract, label_token_ids
 from mulcot_ray.recipe import Lora, Train
 from mulcot_ray.training.losses import core
 
@@ -26,19 +27,25 @@ def load_processor(folder: str) -> Any:
     return AutoProcessor.from_pretrained(folder)
 
 
-def build(folder: str, settings: Train) -> Any:
+def build(folder: str, settings: Train, contract: Contract) -> Any:
     """The model to train: whole, or frozen with LoRA adapters from peft."""
     model = load(folder)
-    return model if settings.lora is None else _with_lora(model, settings.lora)
+    if settings.lora is None:
+        return model
+    words = label_token_ids(load_processor(folder).tokenizer, contract) if settings.lora.label_words else None
+    return _with_lora(model, settings.lora, words)
 
 
-def _with_lora(model: Any, lora: Lora) -> Any:
+def _with_lora(model: Any, lora: Lora, words: list[int] | None) -> Any:
     from peft import LoraConfig, get_peft_model
 
     hit = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(lora.targets, n)]
     if not hit:
         raise TrainingError(f"lora.targets {lora.targets!r} matches no linear layer of the model")
-    config = LoraConfig(task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets, bias="none")
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets, bias="none",
+        trainable_token_indices={"embed_tokens": words} if words else None,  # and the same rows of a tied output layer
+    )  # fmt: skip
     return get_peft_model(model, config)
 
 
