@@ -3,10 +3,11 @@
 A root is a folder or `s3://bucket/prefix`. Under it every result has a kind and a name:
 
     ROOT/posts/NAME/        part-*.parquet  rejects/part-*.parquet
-    ROOT/rationales/NAME/   the same
+    ROOT/rationales/NAME/   the same, and card.html
     ROOT/predictions/NAME/  the same
     ROOT/models/NAME/       *.safetensors and what else transformers and vLLM load
-    ROOT/evaluations/NAME/  report.json
+    ROOT/duplicates/NAME/   part-*.parquet
+    ROOT/evaluations/NAME/  report.json  report.html  model_card.md
 
 beside `identity.json` (what was asked for, written first), `lease.json` (who is at work) and `manifest.json` (written last, once:
 it *is* "done"). A part is created whole or not at all and never replaced, so a crash only repeats work.

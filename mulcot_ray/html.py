@@ -81,9 +81,9 @@ footer { padding-top: 1rem; padding-bottom: 3rem; }
 
 
 def environment(folder: Path) -> Environment:
-    """Templates of a folder: escaped, a missing value is an error; filters `percent`, `number`, `words`; globals `css` and `shapes`."""
+    """Templates of a folder: escaped, a missing value is an error; filters as the functions below; globals `css`, `shapes`."""
     env = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"percent": percent, "number": number, "words": words}
+    env.filters |= {"percent": percent, "number": number, "duration": duration, "words": words}
     env.globals |= {"css": Markup(CSS), "shapes": SHAPES}
     return env
 
@@ -96,6 +96,15 @@ def percent(share: float) -> str:
 def number(n: float) -> str:
     """1234567 → 1 234 567."""
     return f"{n:,}".replace(",", NB)
+
+
+def duration(seconds: float) -> str:
+    """125 → 2 min 05 s."""
+    if seconds < 100:
+        return f"{seconds:.1f}{NB}s" if seconds < 10 else f"{seconds:.0f}{NB}s"
+    minutes, rest = divmod(round(seconds), 60)
+    parts = (minutes, "min", f"{rest:02d}", "s") if minutes < 60 else (minutes // 60, "h", f"{minutes % 60:02d}", "min")
+    return NB.join(map(str, parts))
 
 
 def words(key: str) -> str:

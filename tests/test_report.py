@@ -7,9 +7,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from mulcot_ray.evaluation.report import NB, demo_report, duration, wilson
+from mulcot_ray.evaluation.report import demo_report
+from mulcot_ray.html import NB, duration
 from mulcot_ray.posts.sample import reference_rationale, sample_posts
 from mulcot_ray.prompts import KEYS
 from mulcot_ray.records import LABELS, SECTIONS, Post, Rationale, Split
@@ -158,8 +157,5 @@ def test_same_data_same_file(tmp_path: Path) -> None:
     assert render(tmp_path / "a", made_up())[0] == render(tmp_path / "b", made_up())[0]
 
 
-def test_helpers() -> None:
+def test_durations() -> None:
     assert [duration(s).replace(NB, " ") for s in (3.14, 42.4, 99.6, 125, 7322)] == ["3.1 s", "42 s", "100 s", "2 min 05 s", "2 h 02 min"]
-    low, high = wilson(0.5, 100)
-    assert [low, high] == pytest.approx([0.4038, 0.5962], abs=1e-4)
-    assert wilson(1.0, 10)[1] == 1.0 and wilson(0.0, 10)[0] == 0.0

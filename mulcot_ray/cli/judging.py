@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -109,6 +110,8 @@ def evaluate(
     references: Annotated[str | None, typer.Option("--references", help="Rationale table to compare rationales with.")] = None,
     calibrate_on: Annotated[str | None, typer.Option("--calibrate-on", help="The same model's predictions over validation posts: fit a temperature there. Without, that of the model's folder is judged.")] = None,
     duplicates: Annotated[str | None, typer.Option("--duplicates", help="A table of `mulcot duplicates`, for a slice of its own.")] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="Rationales or predictions to show beside the model's own; without, the references.")] = None,
+    faithful: Annotated[str | None, typer.Option("--faithfulness", help="An evaluation by `mulcot faithfulness`, to show in the report.")] = None,
     slices: Annotated[list[str] | None, typer.Option("--slice", help="A key of the posts' meta to slice by; repeat for several.")] = None,
     scores: Annotated[str | None, typer.Option("--scores", help="Of bleu,meteor,rouge_l,embedding_similarity; all if not given. Embeddings take 20 to 90 ms a text.")] = None,
     root: Root = "runs", recipe: RecipeOption = "tiny", runtime: RuntimeOption = "laptop", name: Name = None, split: SplitOption = None,
@@ -118,6 +121,7 @@ def evaluate(
     """Score answers against gold: accuracy, weighted and macro F1, confusion; for rationales BLEU, METEOR, ROUGE-L, similarity, Distinct-1/2."""
     from mulcot_ray.evaluation.evaluate import evaluate as run
     from mulcot_ray.evaluation.metrics import SCORES
+    from mulcot_ray.evaluation.pages import load_faithfulness, model_files
     from mulcot_ray.evaluation.show import show
     from mulcot_ray.labeling.label import label as make
 
@@ -140,9 +144,11 @@ def evaluate(
                 split=split or split_of(table), contract=r.contract, runtime=t, calibration=calibrate_on, duplicates=duplicates,
                 slices=tuple(slices or ("relation",)), scores=SCORES if scores is None else tuple(x for x in scores.split(",") if x),  # type: ignore[arg-type, misc]
                 progress=progress,
+                pages=partial(model_files, teacher=teacher, faithfulness=load_faithfulness(store, faithful) if faithful else None),
             )  # fmt: skip
     console.print(show(report))
     done(store, manifest, fresh)
+    console.print(f"  for people: {store.root}/evaluations/{manifest.name}/report.html", soft_wrap=True)
 
 
 @app.command()
@@ -154,6 +160,7 @@ def compare(
 ) -> None:  # fmt: skip
     """Two models over the same posts: difference with interval, McNemar's test, where they disagree. Works without gold, too."""
     from mulcot_ray.evaluation.compare import compare as run
+    from mulcot_ray.evaluation.pages import compare_files
     from mulcot_ray.evaluation.show import show_comparison
 
     r, t = load_recipe(recipe), load_runtime(runtime)
@@ -162,10 +169,11 @@ def compare(
         with rows("compare") as progress:
             manifest, report, fresh = run(
                 store, name or f"{a}.against.{b}", posts=source, a=a, b=b, split=split or split_of(table), contract=r.contract, runtime=t,
-                progress=progress,
+                progress=progress, pages=compare_files,
             )  # fmt: skip
     console.print(show_comparison(report))
     done(store, manifest, fresh)
+    console.print(f"  for people: {store.root}/evaluations/{manifest.name}/report.html", soft_wrap=True)
 
 
 @app.command()

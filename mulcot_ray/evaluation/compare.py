@@ -30,7 +30,7 @@ import numpy as np
 from mulcot_ray.artifacts import Manifest, begin, find, need
 from mulcot_ray.engines.chunks import Progress
 from mulcot_ray.errors import ConfigError, InputError
-from mulcot_ray.evaluation.evaluate import load_report, posts_of
+from mulcot_ray.evaluation.evaluate import Pages, load_report, posts_of, write_pages
 from mulcot_ray.evaluation.matching import Bucket, Rows, answers, match
 from mulcot_ray.evaluation.matching import posts as post_rows
 from mulcot_ray.evaluation.metrics import confusion
@@ -50,9 +50,9 @@ Example = tuple[int, dict[str, Any]]
 
 def compare(
     store: Store, name: str, *, posts: str, a: str, b: str, split: Split | None, contract: Contract, runtime: Runtime,
-    progress: Progress | None = None,
+    progress: Progress | None = None, pages: Pages | None = None,
 ) -> tuple[Manifest, dict[str, Any], bool]:  # fmt: skip
-    """Write evaluations/NAME/report.json from the answers A and B (predictions of that name, or else rationales) to posts/POSTS.
+    """Write evaluations/NAME/report.json (and what `pages` makes of it) from the answers A and B (predictions of that name, or else rationales) to posts/POSTS.
 
     Posts without gold count for the agreement alone, so a night without labels can be compared too. `split` None: every post.
     Returns the manifest, the report, and whether this call made it. Raises ArtifactMissing; InputError when a table is about other posts or
@@ -69,6 +69,7 @@ def compare(
     assert report is not None
     with run:
         store.create(f"{run.prefix}/report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
+        write_pages(run, report, pages)
         manifest = run.commit(rows_in=report["counts"]["posts"], stats=_headline(report))
     return manifest, load_report(store, name), True
 

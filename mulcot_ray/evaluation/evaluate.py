@@ -9,14 +9,14 @@ The structure of report.json is in summary.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from mulcot_ray.artifacts import Manifest, begin, find, need
+from mulcot_ray.artifacts import Manifest, Run, begin, find, need
 from mulcot_ray.engines.chunks import Progress
 from mulcot_ray.errors import ArtifactError, ConfigError, InputError
 from mulcot_ray.evaluation.calibration import scaled, temperature
@@ -33,6 +33,7 @@ from mulcot_ray.records import LABELS, SECTIONS, Reject, Sentiment, Split
 from mulcot_ray.storage import Store
 
 SLOW = {"meteor", "embedding_similarity"}  # 1 to 200 ms a post
+Pages = Callable[[Run, Mapping[str, Any]], Mapping[str, str]]  # file name → text, of a report that is about to be committed
 DUPLICATES = pa.schema([("post_id", pa.string()), ("kind", pa.string())])
 
 
@@ -40,8 +41,9 @@ def evaluate(
     store: Store, name: str, *, posts: str, answers: str, answers_kind: Literal["predictions", "rationales"], references: str | None,
     split: Split | None, contract: Contract, runtime: Runtime, calibration: str | None = None, duplicates: str | None = None,
     slices: tuple[str, ...] = ("relation",), scores: tuple[Score, ...] = SCORES, progress: Progress | None = None,
+    pages: Pages | None = None,
 ) -> tuple[Manifest, dict[str, Any], bool]:  # fmt: skip
-    """Write evaluations/NAME/report.json. Returns its manifest, the report, and whether this call made it.
+    """Write evaluations/NAME/report.json, and what `pages` makes of it. Returns its manifest, the report, and whether this call made it.
 
     A gold post that the answers rejected or never saw counts as wrong. Where `references` are given (rationales of that name or else
     predictions, for instance a teacher's that was not shown the label), rationales are scored too, on the posts where both have one, by
@@ -80,8 +82,15 @@ def evaluate(
     assert report is not None
     with run:
         store.create(f"{run.prefix}/report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
+        write_pages(run, report, pages)
         manifest = run.commit(rows_in=report["counts"]["gold"], stats=headline(report))
     return manifest, load_report(store, name), True
+
+
+def write_pages(run: Run, report: Mapping[str, Any], pages: Pages | None) -> None:
+    """The files for people, as part of the result; one that a killed attempt left is replaced."""
+    for file, text in (pages(run, report) if pages else {}).items():
+        run.store.write(f"{run.prefix}/{file}", text.encode())
 
 
 def load_report(store: Store, name: str) -> dict[str, Any]:
