@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from functools import partial
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ from mulcot_ray.cluster import session
 from mulcot_ray.console import console, counter, quiet_libraries, rows, training
 from mulcot_ray.errors import EngineError
 from mulcot_ray.evaluation.evaluate import evaluate
+from mulcot_ray.evaluation.pages import model_files
 from mulcot_ray.evaluation.report import demo_report
 from mulcot_ray.labeling.label import label
 from mulcot_ray.posts.importing import import_sample
@@ -82,6 +84,7 @@ def run_demo(store: Store, recipe: Recipe, runtime: Runtime, train: int) -> None
                 split=Split.TEST,
                 contract=recipe.contract,
                 runtime=runtime,
+                pages=partial(model_files, teacher="teacher") if who == "student" else None,
             )
             note("evaluate", (manifest, fresh))
         note("serve", _endpoint(store, recipe, runtime))
@@ -210,7 +213,7 @@ def _show(store: Store, summary: dict[str, Any]) -> None:
     ):
         table.add_row(name, f"{a[key]:.3f}", remark, style="bold" if key == "student" else None)
     console.print(table)
-    console.print(f"{summary['seconds']['total']:.0f} s in all; report: {store.root}/report.html, figures: {store.root}/summary.json", soft_wrap=True)
+    console.print(f"{summary['seconds']['total']:.0f} s in all; report: {store.root}/report.html, the student's own: {store.root}/evaluations/student/report.html, figures: {store.root}/summary.json", soft_wrap=True)
     console.print(
         f"Next: [bold]mulcot serve --root {store.root} --model student[/], or your own posts: [bold]mulcot import POSTS.jsonl --format jsonl --name mine --root {store.root}[/]",
         soft_wrap=True,
