@@ -213,7 +213,10 @@ def _show(store: Store, summary: dict[str, Any]) -> None:
     ):
         table.add_row(name, f"{a[key]:.3f}", remark, style="bold" if key == "student" else None)
     console.print(table)
-    console.print(f"{summary['seconds']['total']:.0f} s in all; report: {store.root}/report.html, the student's own: {store.root}/evaluations/student/report.html, figures: {store.root}/summary.json", soft_wrap=True)
+    console.print(
+        f"{summary['seconds']['total']:.0f} s in all; report: {store.root}/report.html, the student's own: {store.root}/evaluations/student/report.html, figures: {store.root}/summary.json",
+        soft_wrap=True,
+    )
     console.print(
         f"Next: [bold]mulcot serve --root {store.root} --model student[/], or your own posts: [bold]mulcot import POSTS.jsonl --format jsonl --name mine --root {store.root}[/]",
         soft_wrap=True,
