@@ -89,7 +89,7 @@ def test_a_fresh_installation_is_well(store):
 
 def test_real_sizes_without_weights(store):
     """What needs no weights is checked, the rest says which folder is not here."""
-    runtime = with_role(with_role(CLUSTER, "teacher", accelerator="H100"), "assistant", accelerator="A10G")
+    runtime = with_role(with_role(CLUSTER, "student", accelerator="cpu"), "assistant", accelerator="A10G")
     runtime = runtime.model_copy(update={"address": None})
     found = look(store, PAPER, runtime)
     if machines._version("vllm") is None:

@@ -49,7 +49,7 @@ def _scripts_travel_by_value():
 
 def engine(script=script, **options) -> EngineSpec:
     length = options.pop("max_model_len", 1024)
-    return EngineSpec("fake", f"fake {script}", RECIPE.contract, "float32", length, 42, "cpu", EngineRuntime(**options), "scripted", script=script)
+    return EngineSpec("fake", "fake", RECIPE.contract, "float32", length, 42, "cpu", EngineRuntime(**options), "scripted", script=script)
 
 
 def quiet(*_):

@@ -37,7 +37,7 @@ def root(tmp_path_factory, ray_session):
 @pytest.fixture
 def mulcot(root, monkeypatch):
     """Run a command line under the root; returns what it printed. `ok=False`: it must fail with exit code 1."""
-    monkeypatch.setattr("mulcot_ray.cli.log_to", lambda folder, name: folder / f"{name}.log")  # pytest keeps the logs here
+    monkeypatch.setattr("mulcot_ray.cli.common.log_to", lambda folder, name: folder / f"{name}.log")  # pytest keeps the logs here
 
     def run(*words: str, ok: bool = True) -> str:
         recipe = [] if words[0] in ("import",) else ["--recipe", str(root / "quick.yaml")]
