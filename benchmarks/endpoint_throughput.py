@@ -158,8 +158,7 @@ def main() -> None:
     ap.add_argument("--proxy", choices=("haproxy", "python"), default="haproxy")
     ap.add_argument("--check", type=int, default=0, metavar="N")
     a = ap.parse_args()
-    if a.proxy == "haproxy":
-        os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if a.proxy == "haproxy" else "0"
     from vllm_server import vllm_server
 
     from mulcot_ray.serving.run import serving

@@ -132,8 +132,7 @@ def main() -> None:
     ap.add_argument("--clients", type=int, default=8)
     ap.add_argument("--only", default="update,replica,engine,overload")
     a = ap.parse_args()
-    if a.proxy == "haproxy":
-        os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if a.proxy == "haproxy" else "0"
     from mulcot_ray.serving.app import Options, application
     from mulcot_ray.serving.run import APP, serving
     from mulcot_ray.serving.tokens import known_tokens

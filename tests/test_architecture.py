@@ -77,6 +77,19 @@ def test_core_imports_nothing_heavy_and_does_no_work() -> None:
 
 def test_jobs_are_thin_and_complete() -> None:
     jobs = {p.stem: p.read_text() for p in (ROOT.parent / "jobs").glob("*.py")}
-    assert set(jobs) == {"import", "duplicates", "teach", "assistant", "augment", "student", "label", "evaluate", "compare", "faithfulness", "sweep", "serve"}
+    assert set(jobs) == {
+        "import",
+        "duplicates",
+        "teach",
+        "assistant",
+        "augment",
+        "student",
+        "label",
+        "evaluate",
+        "compare",
+        "faithfulness",
+        "sweep",
+        "serve",
+    }
     for name, text in jobs.items():
         assert f'run_job("{name}")' in text and len(text.splitlines()) <= 8

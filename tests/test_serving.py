@@ -1,112 +1,30 @@
-"""The endpoint: over HTTP against the scripted engine, and once as a whole on Ray Serve with vLLM."""
+"""One post over HTTP against the scripted engine: answers, faults by field, who may ask."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import json
-import os
-import socket
-import struct
-import zlib
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-import yaml
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from PIL import Image
+from serving_parts import AUTH, RECIPE, TOKEN, WORK, Failing, Seen, app, b64, bomb, picture, scripted
 
-from mulcot_ray.engines.base import EngineSpec, Messages, Sampling, Scores, spec
 from mulcot_ray.engines.scripted import ScriptedEngine
-from mulcot_ray.engines.work import LabelWork
-from mulcot_ray.errors import ArtifactMissing, ConfigError, EngineError
+from mulcot_ray.errors import EngineError
 from mulcot_ray.prompts import KEYS
-from mulcot_ray.recipe import load_recipe, load_runtime
-from mulcot_ray.records import Post, Sentiment
-from mulcot_ray.serving.api import MAX_BODY, MAX_IMAGE, MAX_TEXT, make_api
-from mulcot_ray.serving.app import build, warm_up
-from mulcot_ray.serving.guards import configured_tokens, is_loopback, token_digest
-from mulcot_ray.serving.run import Endpoint, example, serving
-from mulcot_ray.storage import Store
-
-RECIPE, RUNTIME = load_recipe("tiny"), load_runtime("laptop")
-WORK = LabelWork(RECIPE.contract, "score", RECIPE.explain_tokens, RECIPE.seed, "scripted")
-TOKEN = "a-token-for-the-tests"
-AUTH = {"Authorization": f"Bearer {TOKEN}"}
-MODEL = os.environ.get("MULCOT_TEST_MODEL", "builtin:student")
-
-
-def script(messages: Messages, sampling: Sampling) -> str:
-    """Negative where the prompt has the word "awful", else positive; a bare label where it has "terse"."""
-    text = json.dumps(messages)
-    label = "negative" if "awful" in text else "positive"
-    sections = "" if "terse" in text else "".join(f'"{key}": "About {key}."\n' for key in KEYS.values())
-    return f'{sections}"Prediction": "{label}"'
-
-
-def scripted(**changes: Any) -> EngineSpec:
-    return replace(spec(RECIPE, RUNTIME, "student", "none"), backend="scripted", script=script, **changes)
-
-
-class Seen(ScriptedEngine):
-    """Keeps the pictures it was shown."""
-
-    def __init__(self) -> None:
-        super().__init__(scripted())
-        self.images: list[Image.Image | None] = []
-
-    async def score(self, messages: Messages, image: Image.Image | None, written: str = "") -> Scores:
-        self.images.append(image)
-        return await super().score(messages, image, written)
-
-
-class Failing(ScriptedEngine):
-    """Scores by raising, or by taking its time."""
-
-    def __init__(self, fault: Exception | None = None, seconds: float = 0.0) -> None:
-        super().__init__(scripted())
-        self.fault, self.seconds = fault, seconds
-
-    async def score(self, messages: Messages, image: Image.Image | None, written: str = "") -> Scores:
-        await asyncio.sleep(self.seconds)
-        if self.fault:
-            raise self.fault
-        return await super().score(messages, image, written)
-
-
-def app(engine: Any = None, **options: Any) -> FastAPI:
-    return make_api(engine or ScriptedEngine(scripted()), WORK, "f1", [token_digest("another-token-of-it"), token_digest(TOKEN)], **options)
+from mulcot_ray.records import Post
+from mulcot_ray.serving.api import make_api
+from mulcot_ray.serving.schemas import MAX_BODY, MAX_IMAGE, MAX_TEXT
+from mulcot_ray.serving.tokens import token_digest
 
 
 @pytest.fixture
 def client() -> Iterator[TestClient]:
     with TestClient(app(), headers=AUTH) as c:
         yield c
-
-
-def picture(form: str = "JPEG", size: tuple[int, int] = (60, 40)) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", size, "red").save(out, form)
-    return out.getvalue()
-
-
-def b64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-def bomb(side: int) -> bytes:
-    """A PNG of some bytes that says side × side pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(99)))
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -118,9 +36,11 @@ def test_label_and_probabilities(client: TestClient) -> None:
     body = answer.json()
     assert body.pop("seconds") >= 0
     assert body.pop("usage")["tokens_in"] > 5
+    timings = body.pop("timings")
+    assert timings.pop("rationale") is None and set(timings) == {"queue", "prepare", "score"} and all(t >= 0 for t in timings.values())
     assert body == {
         "id": "p1", "label": "positive", "probabilities": {"negative": 0.1, "neutral": 0.1, "positive": 0.8}, "label_mass": 1.0,
-        "rationale": None, "rationale_fault": None, "model": "scripted", "contract": RECIPE.contract.hash,
+        "rationale": None, "rationale_fault": None, "model": "scripted", "model_version": "f1", "contract": RECIPE.contract.hash,
     }  # fmt: skip
 
 
@@ -264,19 +184,19 @@ def test_empty_text(client: TestClient, text: str) -> None:
 
 
 @pytest.mark.parametrize("field", ["text", "aspect", "id", "image"])
-def test_half_a_surrogate_pair(client: TestClient, field: str) -> None:
+def test_half_a_surrogate_pair_is_no_json(client: TestClient, field: str) -> None:
     body = json.dumps({"text": "x"} | {field: "a\ud800"})
     answer = client.post("/v1/sentiment", content=body, headers={"Content-Type": "application/json"})
-    assert answer.status_code == 422 and answer.json()["error"]["field"] == field
+    assert answer.status_code == 400 and "hex escape" in answer.json()["error"]["message"]
 
 
 RAW_CASES = {
     "not JSON": (b'{"text": ', 400),
     "no UTF-8": (b'{"text": "\xff"}', 400),
     "deep": (b"[" * 200_000, 400),
-    "surrogate as a name": (b'{"text": "x", "\\ud800": 1}', 422),
+    "surrogate as a name": (b'{"text": "x", "\\ud800": 1}', 400),
     "huge number": (b'{"text": ' + b"1" * 10_000 + b"}", 400),
-    "nothing": (b"", 422),
+    "nothing": (b"", 400),
 }
 
 
@@ -349,90 +269,3 @@ def test_a_dead_engine_fails_the_health_check() -> None:
 
     with TestClient(app(Dead(scripted()))) as c:
         assert c.get("/healthz").status_code == 503
-
-
-# --- set-up ----------------------------------------------------------------------------------------------------------
-
-
-def test_tokens_from_the_environment(tmp_path: Path) -> None:
-    path = tmp_path / "tokens"
-    path.write_text("# of the team\n\nfirst-token-of-all\n second-token-of-all \n")
-    assert configured_tokens({}) == []
-    assert configured_tokens({"MULCOT_TOKENS_FILE": str(path)}) == ["first-token-of-all", "second-token-of-all"]
-    assert configured_tokens({"MULCOT_TOKENS": "third-token-of-all, fourth-token-of-all"}) == ["third-token-of-all", "fourth-token-of-all"]
-    for bad in (
-        {"MULCOT_TOKENS": ","},
-        {"MULCOT_TOKENS": "short"},
-        {"MULCOT_TOKENS": "a token with blanks"},
-        {"MULCOT_TOKENS_FILE": str(tmp_path / "no")},
-    ):
-        with pytest.raises(ConfigError) as e:
-            configured_tokens(bad)
-        assert "short" not in str(e.value).partition("needs")[0]
-
-
-def test_loopback() -> None:
-    assert all(is_loopback(h) for h in ("127.0.0.1", "127.8.8.8", "::1", "localhost"))
-    assert not any(is_loopback(h) for h in ("0.0.0.0", "::", "10.0.0.1", "example.org", ""))
-
-
-def test_build_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MULCOT_TOKENS", raising=False)
-    monkeypatch.delenv("MULCOT_TOKENS_FILE", raising=False)
-    with pytest.raises(ConfigError, match="MULCOT_TOKENS_FILE"):
-        build({"model": "student", "root": str(tmp_path)})
-    with pytest.raises(ConfigError, match="modle"):
-        build({"modle": "student"})
-    monkeypatch.setenv("MULCOT_TOKENS", TOKEN)
-    with pytest.raises(ArtifactMissing, match="student"):
-        build({"model": "student", "root": str(tmp_path)})
-
-
-def test_serving_refuses_before_anything_starts(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="loopback"), serving(Store(str(tmp_path)), MODEL, RECIPE, RUNTIME, host="0.0.0.0", auth=False):
-        pass
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=str(port)), serving(Store(str(tmp_path)), MODEL, RECIPE, RUNTIME, port=port):
-            pass
-
-
-def test_the_example_keeps_the_users_token() -> None:
-    assert TOKEN in example(Endpoint("http://h", TOKEN), shown=True)
-    assert TOKEN not in example(Endpoint("http://h", TOKEN), shown=False)
-    assert "Authorization" not in example(Endpoint("http://h", None), shown=False)
-
-
-def test_warm_up_finds_a_contract_that_does_not_fit() -> None:
-    asyncio.run(warm_up(ScriptedEngine(scripted()), WORK))
-    with pytest.raises(EngineError, match="prompt_too_long"):
-        asyncio.run(warm_up(ScriptedEngine(scripted(max_model_len=5)), WORK))
-
-
-def test_serve_config_is_valid() -> None:
-    from ray.serve.schema import ServeDeploySchema
-
-    config = yaml.safe_load((Path(__file__).parents[1] / "serve_config.yaml").read_text())
-    parsed = ServeDeploySchema.model_validate(config)
-    assert parsed.http_options.host == "127.0.0.1"
-    assert parsed.applications[0].import_path == "mulcot_ray.serving.app:build"
-    assert parsed.applications[0].args["model"] == "builtin:student"  # type: ignore[index]
-
-
-# --- the whole -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.engine
-def test_serve_and_vllm(tmp_path: Path) -> None:
-    with serving(Store(str(tmp_path)), MODEL, RECIPE, RUNTIME) as endpoint, httpx.Client(base_url=endpoint.url, timeout=60, trust_env=False) as c:
-        assert c.post("/v1/sentiment", json={"text": "x"}).status_code == 401
-        c.headers.update(endpoint.headers)
-        assert c.get("/v1/model").json()["contract"] == RECIPE.contract.hash
-        for body in ({"text": "What a day"}, {"text": "What a day", "aspect": "day", "image": b64(picture())}):
-            answer = c.post("/v1/sentiment", json=body).json()
-            p = answer["probabilities"]
-            assert abs(sum(p.values()) - 1) < 1e-6 and answer["label"] == max(Sentiment, key=lambda s: p[s])
-        explained = c.post("/v1/sentiment", json={"text": "What a day", "explain": True}).json()
-        assert (explained["rationale"] is None) != (explained["rationale_fault"] is None)
-        assert c.post("/v1/sentiment", json={"text": "word " * 4000}).json()["error"]["code"] == "prompt_too_long"
-        assert c.post("/v1/sentiment", content=bytes(MAX_BODY + 1), headers={"Content-Type": "application/json"}).status_code == 413

@@ -137,7 +137,9 @@ def test_8_transformers_and_vllm_agree_on_the_exported_student(root):
         batch = {"input_ids": ids, "mm_token_type_ids": (ids == model.config.image_token_id).long()}
         with torch.no_grad():
             logits = model(**batch, pixel_values=torch.from_numpy(picture.values), image_grid_thw=torch.from_numpy(picture.grid)).logits[0, -1, words]
-        assert scaled(tuple(torch.softmax(logits, 0).tolist()), calibration.read(folder)) == pytest.approx([getattr(said[post.post_id], x) for x in LABELS], abs=1e-4)
+        assert scaled(tuple(torch.softmax(logits, 0).tolist()), calibration.read(folder)) == pytest.approx(
+            [getattr(said[post.post_id], x) for x in LABELS], abs=1e-4
+        )
 
 
 def test_9_endpoint_gives_the_label_of_the_bulk_labeler(root):

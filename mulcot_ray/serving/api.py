@@ -1,243 +1,179 @@
-"""The HTTP side of the endpoint: one post in, one Prediction out, every fault a structured error. Knows nothing of Ray.
+"""The HTTP side of the endpoint: posts in, Predictions out, every fault a structured error. Knows nothing of Ray.
 
-    POST /v1/sentiment   text, aspect, image → label, probabilities, on request the rationale by section
-    GET  /v1/model       which model and contract answer
-    GET  /healthz        200 while the engine lives; open to all, as is /openapi.json
-
-The same `LabelWork` and picture preparation as in `mulcot label`, hence the same labels.
+POST /v1/sentiment          text, aspect, picture → label, probabilities, on request the rationale by section, on request as events
+POST /v1/sentiment/batch    the same, a line each
+POST /v1/chat/completions   OpenAI's API on the same engine, and GET /v1/models
+GET  /v1/model              which models and contract answer
+GET  /metrics               Prometheus text
+GET  /healthz, /readyz      200 while the engine lives; while it also takes requests. Open to all, as /openapi.json and the page are
 """
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import binascii
-import logging
-import re
+import importlib.util
 import time
-import uuid
-from collections.abc import Collection
-from dataclasses import replace
-from http import HTTPStatus
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from fastapi.security import HTTPBearer
-from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI, Request, Response
 
-from mulcot_ray.artifacts import versions
+from mulcot_ray.artifacts import versions as installed
 from mulcot_ray.engines.base import Engine
 from mulcot_ray.engines.work import LabelWork
-from mulcot_ray.errors import EngineError, RowFault
-from mulcot_ray.posts.images import post_image
-from mulcot_ray.records import Post, Prediction, Reason, Sentiment
-from mulcot_ray.serving.guards import BearerTokens, BodyLimit, LoopbackOnly, Refused, error
+from mulcot_ray.serving import openapi
+from mulcot_ray.serving.answering import Answer, Answering, Places, Shadow, Version
+from mulcot_ray.serving.batch import KINDS, Batch
+from mulcot_ray.serving.chat import chat
+from mulcot_ray.serving.chat_schemas import ChatResponse, ModelCard, ModelList
+from mulcot_ray.serving.events import follow
+from mulcot_ray.serving.faults import add_handlers
+from mulcot_ray.serving.guards import BODY_S, BearerTokens, BodyLimit, LoopbackOnly, Refused
+from mulcot_ray.serving.leaving import Written, while_there
+from mulcot_ray.serving.metrics import Counted, Meters
+from mulcot_ray.serving.reading import read
+from mulcot_ray.serving.schemas import (
+    MAX_BATCH,
+    MAX_BODY,
+    ModelInfo,
+    Probabilities,
+    Scored,
+    Sections,
+    SentimentResponse,
+    Status,
+    Usage,
+    faults,
+)  # fmt: skip
 
-MAX_BODY = 8 << 20  # bytes: the largest picture as base64, and the text
-MAX_IMAGE = 4 << 20  # bytes of the compressed picture
-MAX_TEXT, MAX_ASPECT, MAX_ID = 20_000, 256, 128  # characters
-TIMEOUT_S = 60.0  # from the parsed request to the answer
-OPEN_PATHS = ("/healthz", "/openapi.json")
-TEXT_FAULTS = (Reason.EMPTY_TEXT, Reason.PROMPT_TOO_LONG)
-IMAGE = f"JPEG, PNG, WebP, GIF or BMP of at most {MAX_IMAGE} bytes, as base64 or as a data: URI. Addresses are not fetched."
-
-log = logging.getLogger("ray.serve")  # Serve writes this logger, and no other, to the replica's log file
-
-
-class SentimentRequest(BaseModel):
-    """One post. Without an aspect the post as a whole is judged; an empty aspect or image counts as none, as on import."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    text: StrictStr = Field(max_length=MAX_TEXT)
-    aspect: StrictStr | None = Field(None, max_length=MAX_ASPECT)
-    image: StrictStr | None = Field(None, description=IMAGE)
-    explain: StrictBool = Field(False, description="Also write the rationale.")
-    id: StrictStr | None = Field(None, min_length=1, max_length=MAX_ID, description="Comes back in the answer; made up where absent.")
-
-
-class Probabilities(BaseModel):
-    negative: float
-    neutral: float
-    positive: float
+TIMEOUT_S = 60.0  # from the read request to the answer
+RUNNING = 64  # posts in the engine at once, where the caller does not say
+BATCHES = 4  # at once
+OPEN_PATHS = ("/healthz", "/readyz", "/openapi.json")
 
 
-class Sections(BaseModel):
-    """The rationale. `Prediction` is the label on which it ends; it may differ from `label`."""
+def make_api(
+    engine: Engine, work: LabelWork, fingerprint: str, digests: Collection[str] | None, timeout_s: float = TIMEOUT_S, *,
+    share: float = 1.0, others: Sequence[Version] = (), shadows: Sequence[Shadow] = (), running: int = RUNNING, image_prefixes: tuple[str, ...] = (),
+    metrics_open: bool = False, replica: str = "-", body_s: float = BODY_S,
+) -> FastAPI:  # fmt: skip
+    """The application around an engine. `digests` are those of the tokens; None: no tokens, answers on loopback only.
 
-    Text_analysis: str
-    Image_analysis: str
-    Conflict_resolution: str
-    Final_conclusion: str
-    Prediction: Sentiment
-
-
-class Usage(BaseModel):
-    tokens_in: int
-    tokens_out: int
-
-
-class SentimentResponse(BaseModel):
-    id: str
-    label: Sentiment
-    probabilities: Probabilities
-    label_mass: float = Field(description="Share of the whole vocabulary's probability that the three label words had.")
-    rationale: Sections | None
-    rationale_fault: str | None = Field(description="Why a rationale that was asked for is absent.")
-    model: str
-    contract: str
-    usage: Usage
-    seconds: float
-
-
-class ModelInfo(BaseModel):
-    model: str
-    fingerprint: str
-    contract: str
-    version: str
-
-
-class Fault(BaseModel):
-    code: str
-    message: str
-    field: str | None = None
-
-
-class ErrorResponse(BaseModel):
-    error: Fault
-
-
-STATUSES = (400, 401, 403, 413, 415, 422, 500, 503, 504)
-FAULTS: dict[int | str, dict[str, Any]] = {s: {"model": ErrorResponse, "description": HTTPStatus(s).phrase} for s in STATUSES}
-
-
-def make_api(engine: Engine, work: LabelWork, fingerprint: str, digests: Collection[str] | None, timeout_s: float = TIMEOUT_S) -> FastAPI:
-    """The application around an engine. `digests` are those of the tokens; None: no tokens, answers on loopback only."""
+    `running` posts are in the engine at once, and as many requests may wait. `others` are versions that answer a share of the posts, and
+    `shadows` see all answers; both may grow later.
+    """
+    first = Version(engine, work, fingerprint, share)
+    places, meters = Places(running, running), Meters(replica)
+    meters.watch(places)
+    answering = Answering(first, others, shadows, places, timeout_s, image_prefixes, meters)
+    started, batches = int(time.time()), 0
     api = FastAPI(title="mulcot-ray", version=_version(), docs_url=None, redoc_url=None)
-    api.add_middleware(BodyLimit, limit=MAX_BODY)
+    add_handlers(api)
+    paged = importlib.util.find_spec("mulcot_ray.serving.page") is not None
+    open_paths = {*OPEN_PATHS, *(["/metrics"] if metrics_open else [])}
+
+    @api.post("/v1/sentiment", openapi_extra=openapi.SENTIMENT, responses=openapi.SENTIMENT_RESPONSES, response_model=SentimentResponse)
+    async def sentiment(request: Request) -> Response:
+        """Label one post, and explain the label where asked."""
+        came = time.perf_counter()
+        asked, picture = await read(request)
+        if asked.stream:
+            return await follow(request, answering, asked, picture, _scored, lambda a: _whole(a, came))
+        answer = await while_there(request.receive, answering.answer(asked, picture))
+        return Response(_whole(answer, came).model_dump_json(), media_type="application/json")
+
+    @api.post("/v1/sentiment/batch", openapi_extra=openapi.BATCH, responses=openapi.BATCH_RESPONSES, response_class=Response)
+    async def batch(request: Request) -> Response:
+        """Label many posts: a SentimentRequest a line, answered by a line each, in the same order."""
+        nonlocal batches
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() not in KINDS:
+            raise Refused(415, "unsupported_media_type", f"the header `Content-Type: {KINDS[0]}` is wanted")
+        if batches >= BATCHES:
+            raise Refused(503, "over_capacity", f"{BATCHES} batches are being answered", headers={"Retry-After": "10"})
+        batches += 1
+
+        def ended() -> None:
+            nonlocal batches
+            batches -= 1
+
+        return Batch(answering, running, lambda a: _whole(a, None), ended)
+
+    @api.post("/v1/chat/completions", openapi_extra=openapi.CHAT, responses=openapi.CHAT_RESPONSES, response_model=ChatResponse)
+    async def chat_completions(request: Request) -> Response:
+        """OpenAI's chat completions: texts and one picture, plain or streamed."""
+        done = await chat(request, answering)
+        return done if isinstance(done, Written) else Response(done.model_dump_json(), media_type="application/json")
+
+    @api.get("/v1/models", responses=faults(401, 403))
+    async def models() -> ModelList:
+        """OpenAI's list of models."""
+        return ModelList(data=[ModelCard(id=v.name, created=started) for v in answering.versions])
+
+    @api.get("/v1/model", responses=faults(401, 403))
+    async def model() -> ModelInfo:
+        """The model, or the first of its versions."""
+        return ModelInfo(model=first.name, fingerprint=fingerprint, contract=first.work.contract_hash, version=_version(), share=first.share)
+
+    @api.get("/metrics", responses=openapi.METRICS_RESPONSES, response_class=Response)
+    async def metrics() -> Response:
+        """Prometheus text."""
+        return Response(meters.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @api.get("/healthz", responses=faults(503))
+    async def healthz() -> Status:
+        """Whether the engine lives."""
+        engine.check()
+        return Status(status="ok")
+
+    @api.get("/readyz", responses=faults(503))
+    async def readyz() -> Status:
+        """Whether a request would be taken now: the engine lives, is warm, and has a place to wait in."""
+        engine.check()
+        if places.full:
+            raise Refused(503, "over_capacity", "all places are taken", headers={"Retry-After": "1"})
+        return Status(status="ready")
+
+    if paged:
+        from mulcot_ray.serving import page
+
+        page.mount(api)
+        open_paths |= set(page.PATHS)
+    # Added last comes first: count all, then ask who it is, then bound the body.
+    api.add_middleware(BodyLimit, limit=MAX_BODY, larger={"/v1/sentiment/batch": MAX_BATCH}, seconds=body_s)
     if digests is None:
         api.add_middleware(LoopbackOnly)
     else:
-        api.add_middleware(BearerTokens, digests=digests, open_paths=OPEN_PATHS)  # added last: comes first
-    for kind, handler in HANDLERS.items():
-        api.add_exception_handler(kind, handler)
-    scored, explained = replace(work, mode="score"), replace(work, mode="explain")
-    # The middleware decides; this only tells readers of the OpenAPI document.
-    documented = [] if digests is None else [Depends(HTTPBearer(auto_error=False))]
-
-    @api.post("/v1/sentiment", responses=FAULTS, dependencies=documented)
-    async def sentiment(asked: SentimentRequest) -> SentimentResponse:
-        started = time.perf_counter()
-        async with asyncio.timeout(timeout_s):
-            post, image = await asyncio.to_thread(_prepared, asked, work.contract.image.side)
-            answer = await (explained if asked.explain else scored)(engine, post, image)
-        return _response(answer, time.perf_counter() - started)
-
-    @api.get("/v1/model", responses={s: FAULTS[s] for s in (401, 403)}, dependencies=documented)
-    async def model() -> ModelInfo:
-        return ModelInfo(model=work.model, fingerprint=fingerprint, contract=work.contract.hash, version=_version())
-
-    @api.get("/healthz", responses={503: FAULTS[503]})
-    async def healthz() -> dict[str, str]:
-        engine.check()
-        return {"status": "ok"}
-
+        api.add_middleware(BearerTokens, digests=digests, open_paths=open_paths)
+    api.add_middleware(Counted, meters=meters)
+    openapi.complete(api, None if digests is None else open_paths)
     return api
 
 
-def _prepared(asked: SentimentRequest, side: int) -> tuple[Post, Image.Image | None]:
-    data = _image_bytes(asked.image) if asked.image else None
-    post = Post(asked.id or uuid.uuid4().hex, "-", asked.text, asked.aspect or None, image_bytes=data)
-    return post, post_image(post, side)
+def _scored(a: Answer) -> Scored:
+    return Scored(**_label(a))
 
 
-def _image_bytes(encoded: str) -> bytes:
-    """The picture's bytes. Raises RowFault; the message never has the input in it."""
-    head, comma, rest = encoded[:200].partition(",")
-    if head[:5].lower() == "data:":
-        if not comma or not head.lower().endswith(";base64"):
-            raise RowFault(Reason.BAD_VALUE, "image is a data: URI without `;base64,`")
-        encoded = rest + encoded[200:]
-    elif re.match(r"\s*[A-Za-z][A-Za-z0-9+.-]*:", head):
-        raise RowFault(Reason.BAD_VALUE, "image is an address; nothing is fetched: send the picture itself as base64")
-    try:
-        data = base64.b64decode("".join(encoded.split()), validate=True)
-    except (binascii.Error, ValueError) as e:
-        raise RowFault(Reason.BAD_VALUE, f"image is not base64: {e}") from e
-    if len(data) > MAX_IMAGE:
-        raise RowFault(Reason.IMAGE_TOO_LARGE, f"{len(data)} bytes, at most {MAX_IMAGE}")
-    return data
+def _label(a: Answer) -> dict[str, Any]:
+    p = a.prediction
+    assert p.negative is not None and p.neutral is not None and p.positive is not None, "label words are always scored"
+    return {
+        "id": p.post_id, "label": p.label, "probabilities": Probabilities(negative=p.negative, neutral=p.neutral, positive=p.positive),
+        "label_mass": p.label_mass, "model": p.model, "model_version": a.version.fingerprint, "contract": p.contract,
+    }  # fmt: skip
 
 
-def _response(p: Prediction, seconds: float) -> SentimentResponse:
-    assert p.negative is not None and p.neutral is not None and p.positive is not None and p.label_mass is not None, "label words are always scored"
+def _whole(a: Answer, came: float | None) -> SentimentResponse:
+    p, t = a.prediction, a.timings
     rationale = None
     if p.stated is not None:
         rationale = Sections(
             Text_analysis=p.text_analysis or "", Image_analysis=p.image_analysis or "", Conflict_resolution=p.conflict_resolution or "",
             Final_conclusion=p.final_conclusion or "", Prediction=p.stated,
         )  # fmt: skip
+    seconds = time.perf_counter() - came if came is not None else (t.queue + t.prepare + t.score + (t.rationale or 0)) / 1000
     return SentimentResponse(
-        id=p.post_id, label=p.label, probabilities=Probabilities(negative=p.negative, neutral=p.neutral, positive=p.positive),
-        label_mass=p.label_mass, rationale=rationale, rationale_fault=p.rationale_fault, model=p.model, contract=p.contract,
-        usage=Usage(tokens_in=p.tokens_in, tokens_out=p.tokens_out), seconds=round(seconds, 4),
+        **_label(a), rationale=rationale, rationale_fault=p.rationale_fault, usage=Usage(tokens_in=p.tokens_in, tokens_out=p.tokens_out),
+        timings=t, seconds=round(seconds, 4),
     )  # fmt: skip
 
 
 def _version() -> str:
-    return versions().get("mulcot-ray", "source tree")
-
-
-# --- faults ----------------------------------------------------------------------------------------------------------
-
-
-async def _row_fault(_: Request, e: Exception) -> JSONResponse:
-    assert isinstance(e, RowFault)
-    field = "text" if e.reason in TEXT_FAULTS else "image" if e.reason is Reason.BAD_VALUE or e.reason.startswith("image_") else None
-    return error(422, e.reason, e.detail, field)
-
-
-async def _invalid(request: Request, e: Exception) -> JSONResponse:
-    """FastAPI's own handler sends the input back, a whole picture with it."""
-    assert isinstance(e, RequestValidationError)
-    faults = [(_field(x["loc"][1:]), str(x["msg"])) for x in e.errors()]
-    if not faults[0][0] and "json" not in request.headers.get("content-type", ""):
-        return error(415, "unsupported_media_type", "the header `Content-Type: application/json` is wanted")
-    if e.errors()[0]["type"] == "json_invalid":
-        return error(400, "invalid_json", f"the body is not JSON: {e.errors()[0]['ctx']['error']}")
-    return error(422, "invalid_request", "; ".join(f"{f}: {m}" if f else m for f, m in faults[:8]), faults[0][0])
-
-
-def _field(loc: tuple[int | str, ...]) -> str:
-    """A field's path. Its names come from the request and may be long, or no Unicode at all."""
-    return ".".join(map(str, loc))[:100].encode("utf-8", "replace").decode()
-
-
-async def _http(_: Request, e: Exception) -> JSONResponse:
-    assert isinstance(e, HTTPException)
-    if isinstance(e, Refused):
-        return error(e.status_code, e.code, str(e.detail), e.field)
-    return error(e.status_code, HTTPStatus(e.status_code).name.lower(), str(e.detail), headers=e.headers)
-
-
-async def _engine_error(_: Request, e: Exception) -> JSONResponse:
-    log.error("engine: %s", e)
-    return error(503, "engine_error", "the engine is not available; it is being restarted", headers={"Retry-After": "10"})
-
-
-async def _timeout(_: Request, e: Exception) -> JSONResponse:
-    return error(504, "timeout", "no answer within the time limit")
-
-
-async def _internal(_: Request, e: Exception) -> JSONResponse:
-    return error(500, "internal", "an error on our side; it is in the server's log")
-
-
-HANDLERS = {
-    RowFault: _row_fault, RequestValidationError: _invalid, HTTPException: _http, EngineError: _engine_error, TimeoutError: _timeout,
-    Exception: _internal,
-}  # fmt: skip
+    return installed().get("mulcot-ray", "source tree")

@@ -22,20 +22,24 @@ from mulcot_ray.cluster import log_folder, session
 from mulcot_ray.engines.base import EngineSpec
 from mulcot_ray.errors import ConfigError, EngineError
 from mulcot_ray.recipe import Recipe, Runtime
-from mulcot_ray.serving.app import application
-from mulcot_ray.serving.guards import configured_tokens, is_loopback
+from mulcot_ray.serving import front, haproxy
+from mulcot_ray.serving.app import Options, application
+from mulcot_ray.serving.guards import is_loopback
+from mulcot_ray.serving.tokens import Tokens, configured_tokens, known_tokens, plain, token_digest
 from mulcot_ray.storage import Store
 
 APP = "mulcot"
 READY_S = 60.0  # from a running replica to the first answer through the proxy
+REQUEST_S = 600.0  # Serve's own limit, for a whole batch; a post's is the application's
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where it answers. `token` is one that it takes; None where it asks for none."""
+    """Where it answers. `token` is one that it takes; None where it asks for none, or where only digests are configured."""
 
     url: str
     token: str | None
+    asks: bool = True
 
     @property
     def headers(self) -> dict[str, str]:
@@ -47,7 +51,7 @@ def serve_model(
     say: Callable[[str], None] = print,
 ) -> None:  # fmt: skip
     """Serve until Ctrl-C or SIGTERM. Says the address, an example and, if it had to be made, the token. Raises ConfigError and EngineError."""
-    made = auth and not configured_tokens(os.environ)
+    made = auth and not known_tokens(os.environ)
     say(f"Starting {model} …")
     with serving(store, model, recipe, runtime, host=host, port=port, auth=auth) as endpoint:
         # How systemd and containers stop it. The handler that Ray has set aborts and leaves the engine running.
@@ -64,7 +68,7 @@ def serve_model(
 
 def example(endpoint: Endpoint, *, shown: bool) -> str:
     """A request for a shell. A token of the user's own is not shown."""
-    token = f' -H "Authorization: Bearer {endpoint.token if shown else "$TOKEN"}"' if endpoint.token else ""
+    token = f' -H "Authorization: Bearer {endpoint.token if shown else "$TOKEN"}"' if endpoint.asks else ""
     body = '{"text": "What a day at the beach!", "aspect": "beach", "explain": true}'
     return f"curl {endpoint.url}/v1/sentiment{token} -H 'Content-Type: application/json' -d '{body}'"
 
@@ -72,36 +76,50 @@ def example(endpoint: Endpoint, *, shown: bool) -> str:
 @contextmanager
 def serving(
     store: Store, model: str, recipe: Recipe, runtime: Runtime, *, host: str = "127.0.0.1", port: int = 0, auth: bool = True,
-    engine: EngineSpec | None = None,
+    options: Options | None = None, engine: EngineSpec | None = None,
 ) -> Iterator[Endpoint]:  # fmt: skip
-    """The endpoint for as long as the context is open, ready when it is entered. Port 0: any that is free.
+    """The endpoint for as long as the context is open, ready when it is entered. Port 0: any that is free. `options` stand in for `model`.
 
     Raises ConfigError (no tokens off loopback, port taken, Serve in use on the cluster joined) and EngineError (no replica started).
     """
     if not auth and not is_loopback(host):
         raise ConfigError(f"--host {host} without tokens: --no-auth is for loopback (127.0.0.1) only; configure MULCOT_TOKENS_FILE")
-    tokens = (configured_tokens(os.environ) or [secrets.token_urlsafe(24)]) if auth else None
+    known, token = _tokens() if auth else (None, None)
     port = _free_port(host, port)
-    with session(runtime):
+    here = not (os.environ.get("RAY_ADDRESS") or runtime.address)
+    with session(runtime), haproxy.proxy(os.environ, host, here) as proxy:
         from ray import serve
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process; importing it sends INFO to the terminal
-        app = application(store, model, recipe, runtime, tokens, engine=engine)
+        variables = {**proxy, "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": front.PATH}
+        app = application(store, options or Options(model=model), recipe, runtime, known, environment=variables, engine=engine)
         if serve.status().applications:
             raise ConfigError("this cluster serves already, and its address cannot be changed: use `serve deploy serve_config.yaml`")
         try:
-            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port, "request_timeout_s": 120.0})
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": host, "port": port, "request_timeout_s": REQUEST_S},
+                controller_options={"runtime_env": {"env_vars": variables}},  # the proxies are its children
+            )
             try:
                 serve.run(app, name=APP, route_prefix="/")
             except RuntimeError as e:
                 raise EngineError(f"the endpoint did not start: {_reason(serve.status())}. Logs: {log_folder()}") from e
-            endpoint = Endpoint(f"http://{_reachable(host)}:{port}", tokens[0] if tokens else None)
+            endpoint = Endpoint(f"http://{_reachable(host)}:{port}", token, asks=known is not None)
             _wait(endpoint.url)
             yield endpoint
         finally:
             # Ray prints the planned end of Serve's controller on stdout, as a failed task.
             with redirect_stdout(io.StringIO()):
                 serve.shutdown()
+
+
+def _tokens() -> tuple[Tokens, str | None]:
+    """Those that are configured, or one that is made; and one of them to be used here."""
+    if known := known_tokens(os.environ):
+        return known, plain(configured_tokens(os.environ))
+    made = secrets.token_urlsafe(24)
+    return Tokens(fixed=frozenset({token_digest(made)})), made
 
 
 def _free_port(host: str, port: int) -> int:
