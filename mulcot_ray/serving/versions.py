@@ -1,7 +1,7 @@
 """Further versions of a model beside the first: asked through Serve, for a share of the posts, or as a shadow whose answers are only compared.
 
 The replicas of the first version take all requests and hand a share of them on. A light deployment in front of all would do the same for
-one more process on the way of every request: docs/decisions/0004-endpoint.md has the figures.
+one more process on the way of every request: docs/decisions/0006-endpoint.md has the figures.
 """
 
 from __future__ import annotations
