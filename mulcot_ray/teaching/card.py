@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -20,20 +19,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from markupsafe import Markup
 
 from mulcot_ray.artifacts import Manifest, Run, git_commit, versions
-from mulcot_ray.errors import ConservationError, RowFault
-from mulcot_ray.html import data_uri, environment, words
-from mulcot_ray.posts.images import open_image, read_ref
+from mulcot_ray.errors import ConservationError
+from mulcot_ray.html import environment, words
+from mulcot_ray.posts.shown import clip, picture
 from mulcot_ray.prompts import KEYS, digest
 from mulcot_ray.recipe import Recipe
 from mulcot_ray.records import LABELS, SECTIONS, Post, Rationale, Reason, Reject, Source, from_row
 from mulcot_ray.storage import Store
 
 REJECTS = 3  # shown
-SIDE = 320  # pixels of the longer side of a picture shown
-CLIP = 2000  # characters of a post or of a raw answer shown
 PARTS = 256  # opened together; a part that was read keeps some 20 KB of metadata until its data set is gone
 COPIES = "copies-"  # parts with the rationales of duplicates
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -277,32 +273,13 @@ def _example(r: Rationale, post: Post) -> dict[str, Any]:
 def _reject(r: Reject, post: Post) -> dict[str, Any]:
     return _post(post) | {
         "reason": r.reason.value,
-        "detail": _clip(r.detail),
-        "raw": None if r.raw is None else _clip(r.raw),
+        "detail": clip(r.detail),
+        "raw": None if r.raw is None else clip(r.raw),
         "attempts": r.attempts,
     }
 
 
 def _post(post: Post) -> dict[str, Any]:
-    picture, fault = _picture(post)
+    image, fault = picture(post)
     gold = None if post.label is None else post.label.value
-    return {"post_id": post.post_id, "text": _clip(post.text), "aspect": post.aspect, "gold": gold, "picture": picture, "fault": fault}
-
-
-def _picture(post: Post) -> tuple[Markup | None, str]:
-    """A small JPEG as a data: address, without what a camera wrote into the file; or else why there is none."""
-    if not post.has_image:
-        return None, "no picture"
-    try:
-        image = open_image(post.image_bytes if post.image_bytes is not None else read_ref(post.image_ref or ""), SIDE)
-    except RowFault as f:
-        return None, f"picture not shown: {words(f.reason).lower()}"
-    image.thumbnail((SIDE, SIDE))
-    image.info.clear()
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=85)
-    return data_uri(out.getvalue()), ""
-
-
-def _clip(text: str) -> str:
-    return text if len(text) <= CLIP else f"{text[:CLIP]}… ({len(text) - CLIP} more characters)"
+    return {"post_id": post.post_id, "text": clip(post.text), "aspect": post.aspect, "gold": gold, "picture": image, "fault": fault}
