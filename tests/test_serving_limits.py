@@ -177,7 +177,7 @@ def test_a_shadow_harms_nobody() -> None:
         assert [c.post("/v1/sentiment", json={"text": f"post {i}"}).status_code for i in range(40)] == [200] * 40
         wait_for(lambda: not dead.tasks)
         text = c.get("/metrics").text
-        for task in stuck.tasks:
+        for task in list(stuck.tasks):
             task.get_loop().call_soon_threadsafe(task.cancel)
     assert counted(text, "mulcot_shadow_total", model="stuck", outcome="passed_over") == 38
     assert counted(text, "mulcot_shadow_total", model="dead", outcome="failed") == 40
