@@ -68,6 +68,10 @@ class Manifest(Frozen):
     finished: str
     seconds: float
 
+    def parts(self, *, rejects: bool = False) -> list[str]:
+        """Names of the table's Parquet files, in order; those of its rejects with `rejects`."""
+        return [f for f in self.files if f.endswith(".parquet") and f.startswith("rejects/") == rejects]
+
 
 class Run:
     """Work on one result, under a lease. Use as a context manager; `commit` writes the manifest.
@@ -212,11 +216,10 @@ def need(store: Store, kind: Kind, name: str) -> Manifest:
 
 def read_rows(store: Store, manifest: Manifest, *, rejects: bool = False, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a table as dicts, streamed part by part in order."""
-    for name in manifest.files:
-        if name.endswith(".parquet") and name.startswith("rejects/") == rejects:
-            with pq.ParquetFile(store.path(f"{manifest.kind}/{manifest.name}/{name}"), filesystem=store.fs) as f:
-                for batch in f.iter_batches(batch_size=1024, columns=columns):
-                    yield from batch.to_pylist()
+    for name in manifest.parts(rejects=rejects):
+        with pq.ParquetFile(store.path(f"{manifest.kind}/{manifest.name}/{name}"), filesystem=store.fs) as f:
+            for batch in f.iter_batches(batch_size=1024, columns=columns):
+                yield from batch.to_pylist()
 
 
 def resolve_model(store: Store, name: str) -> tuple[Path, str]:

@@ -227,8 +227,7 @@ def _memory(m: Model, recipe: Recipe, runtime: Runtime, address: str | None, pri
 
 
 def _spec(m: Model, recipe: Recipe, runtime: Runtime) -> EngineSpec:
-    s = spec(recipe, runtime, m.role, str(m.files.folder or m.name), m.files.fingerprint or "")
-    return replace(s, quantization=recipe.teach.quantization) if m.role == "teacher" else s
+    return spec(recipe, runtime, m.role, str(m.files.folder or m.name), m.files.fingerprint or "")
 
 
 def _length(m: Model, recipe: Recipe, posts: list[Post]) -> str:
@@ -240,7 +239,7 @@ def _length(m: Model, recipe: Recipe, posts: list[Post]) -> str:
     tasks = (Task.PREDICT, Task.EXPLAIN) if m.role == "teacher" else (Task.REASONING,)
     limit = {"teacher": recipe.teach.max_tokens, "assistant": recipe.augment.max_tokens, "student": recipe.explain_tokens}[m.role]
     labelled = [p if p.label is not None else replace(p, label=LABELS[0]) for p in posts]
-    look = Preview(recipe, [Question(t, 1, limit=limit) for t in tasks], True, m.tokenizer, recipe.contract.image.side**2 // 784)
+    look = Preview(recipe, [Question(t, 1, limit=limit) for t in tasks], True, m.tokenizer, recipe.contract.image.tokens)
     found = look.at(labelled)
     long = look.faults(labelled, found).get(str(Reason.PROMPT_TOO_LONG))
     most = max(look.prompts(found), key=lambda p: p.p99)
@@ -276,7 +275,7 @@ def _parity(m: Model | None, recipe: Recipe, runtime: Runtime, posts: list[Post]
     if not m.files.whole:
         raise Unchecked(m.files.why)
     s = _spec(replace(m, files=replace(m.files, folder=m.folder)), recipe, runtime)
-    wanted = s.runtime.tensor_parallel * s.runtime.pipeline_parallel
+    wanted = s.runtime.devices
     if s.device == "cuda" and machines.visible()[0] < wanted:
         raise Unchecked(f"the engine takes {wanted} GPU{'s' if wanted > 1 else ''}, and {machines.visible()[0]} are here")
     return compare(s, posts)

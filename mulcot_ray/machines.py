@@ -131,8 +131,7 @@ def cluster(address: str | None, found: dict[str, Any]) -> str:
 
 
 def gpus(recipe: Recipe, runtime: Runtime, role: Role, address: str | None, nodes: dict[str, Any]) -> str:
-    r = getattr(runtime, role)
-    wanted = r.tensor_parallel * r.pipeline_parallel
+    wanted = getattr(runtime, role).devices
     if runtime.device == "cpu" or getattr(recipe.models, role).startswith(ENDPOINT):
         raise Unchecked("it asks for none")
     if not address:

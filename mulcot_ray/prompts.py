@@ -66,6 +66,11 @@ class ImagePolicy(Frozen):
     missing: Literal["note", "reject"] = "note"
     note: str = "(The post has no image.)"
 
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of a picture."""
+        return self.side**2 // 784
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:

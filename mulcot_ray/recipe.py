@@ -144,6 +144,11 @@ class EngineRuntime(Frozen):
     extra: dict[str, Any] = {}  # passed to vLLM's AsyncEngineArgs as they are
     endpoint: Endpoint | None = None  # where models named `endpoint:NAME` are asked
 
+    @property
+    def devices(self) -> int:
+        """GPUs of one replica."""
+        return self.tensor_parallel * self.pipeline_parallel
+
 
 class Runtime(Frozen):
     """Machines and sizes. `address` None starts Ray on this machine; jobs inside a cluster find it by RAY_ADDRESS."""

@@ -25,8 +25,9 @@ from rich.table import Table
 
 from mulcot_ray.artifacts import Kind, Manifest, begin, find, need, resolve_model
 from mulcot_ray.cluster import own_error, session
-from mulcot_ray.errors import ArtifactError, ConfigError
+from mulcot_ray.errors import ConfigError
 from mulcot_ray.evaluation.ablation import as_csv, summarise
+from mulcot_ray.evaluation.evaluate import load_report
 from mulcot_ray.posts.importing import import_sample
 from mulcot_ray.prompts import Frozen, digest
 from mulcot_ray.recipe import HERE, Recipe, Runtime, load_recipe, model_folder
@@ -205,13 +206,13 @@ def run_sweep(
     identity = {"stage": "sweep", "sweep": sweep.model_dump(mode="json"), "evaluations": scored}
     run = begin(store, "evaluations", name, identity)
     if isinstance(run, Manifest):
-        return run, _load(store, name), False
+        return run, load_report(store, name), False
     with run:
         store.create(f"{run.prefix}/report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
         store.create(f"{run.prefix}/table.csv", as_csv(report).encode())
         first = sweep.metrics[0]
         manifest = run.commit(len(chains), stats={v: m[first]["mean"] for v, m in report["variants"].items()})
-    return manifest, _load(store, name), True
+    return manifest, load_report(store, name), True
 
 
 def _work(store: Store, steps: Sequence[Step], runtime: Runtime, at_once: int, stages: Mapping[str, Stage], note: Note) -> dict[str, str]:
@@ -294,7 +295,7 @@ def places(runtime: Runtime) -> int:
     cpus = max(runtime.train_workers * runtime.train_cpus, *(e.cpus for e in engines)) + 1
     room = there.get("CPU", 0) // cpus if there.get("CPU", 0) > 4 else 1
     if runtime.device == "cuda":
-        room = min(room, there.get("GPU", 0) // max(runtime.train_workers, *(e.tensor_parallel * e.pipeline_parallel for e in engines)))
+        room = min(room, there.get("GPU", 0) // max(runtime.train_workers, *(e.devices for e in engines)))
     return max(1, int(room))
 
 
@@ -327,10 +328,3 @@ def _valid(kind: type[T], data: Any, what: str) -> T:
     except ValidationError as e:
         faults = [f"{'.'.join(map(str, x['loc'])) or 'the whole'}: {x['msg']}" for x in e.errors()]
         raise ConfigError(f"{what}: {'; '.join(faults)}") from e
-
-
-def _load(store: Store, name: str) -> dict[str, Any]:
-    data = store.read(f"evaluations/{name}/report.json")
-    if data is None:
-        raise ArtifactError(f"evaluations/{name} is finished but has no report.json: delete the folder and run again")
-    return dict(json.loads(data))

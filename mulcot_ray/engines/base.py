@@ -113,7 +113,10 @@ ENDPOINT = "endpoint:"
 
 def spec(recipe: Recipe, runtime: Runtime, role: Role, model: str, fingerprint: str = "") -> EngineSpec:
     """The spec of a model folder, run as `role` of the runtime says."""
-    return EngineSpec(model, fingerprint, recipe.contract, recipe.dtype, recipe.max_model_len, recipe.seed, runtime.device, getattr(runtime, role))
+    return EngineSpec(
+        model, fingerprint, recipe.contract, recipe.dtype, recipe.max_model_len, recipe.seed, runtime.device, getattr(runtime, role),
+        quantization=recipe.teach.quantization if role == "teacher" else None,
+    )  # fmt: skip
 
 
 def engine_spec(store: Store, recipe: Recipe, runtime: Runtime, role: Role, name: str) -> EngineSpec:
@@ -123,11 +126,10 @@ def engine_spec(store: Store, recipe: Recipe, runtime: Runtime, role: Role, name
     """
     if not name.startswith(ENDPOINT):
         folder, fingerprint = resolve_model(store, name)
-        found = replace(spec(recipe, runtime, role, str(folder), fingerprint), temperature=calibration.read(folder))
-        return replace(found, quantization=recipe.teach.quantization) if role == "teacher" else found
+        return replace(spec(recipe, runtime, role, str(folder), fingerprint), temperature=calibration.read(folder))
     if getattr(runtime, role).endpoint is None:
         raise ConfigError(f"model {name!r} is at an endpoint, but runtime {runtime.name!r} has no `endpoint:` section under {role!r} to say where")
-    return replace(spec(recipe, runtime, role, name.removeprefix(ENDPOINT), name), backend="endpoint")
+    return replace(spec(recipe, runtime, role, name.removeprefix(ENDPOINT), name), backend="endpoint", quantization=None)
 
 
 def open_engine(s: EngineSpec) -> Engine:

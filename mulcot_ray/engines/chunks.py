@@ -83,8 +83,8 @@ Progress = Callable[[int, int, int], None]  # rows done, rows in all, rejects
 
 
 def plan(posts: Manifest, rows_per_chunk: int) -> list[Chunk]:
-    files = {f: info["rows"] for f, info in posts.files.items() if f.endswith(".parquet") and not f.startswith("rejects/")}
-    return [Chunk(f, lo, min(lo + rows_per_chunk, n)) for f, n in files.items() for lo in range(0, n, rows_per_chunk)]
+    sizes = {f: posts.files[f]["rows"] for f in posts.parts()}
+    return [Chunk(f, lo, min(lo + rows_per_chunk, n)) for f, n in sizes.items() for lo in range(0, n, rows_per_chunk)]
 
 
 def run_chunks(run: Run, posts: Manifest, chosen: Selection, spec: EngineSpec, work: Work, runtime: Runtime, progress: Progress) -> Counter[str]:
@@ -101,11 +101,8 @@ def run_chunks(run: Run, posts: Manifest, chosen: Selection, spec: EngineSpec, w
     there = run.store.files(run.prefix)
     todo = [c for c in chunks if f"{c.part}.parquet" not in there]
     tally = Counter[str]()
-    if len(todo) < len(chunks):
-        with ThreadPoolExecutor(16) as pool:
-            keys = [f"{run.prefix}/{c.part}.parquet" for c in chunks if f"{c.part}.parquet" in there]
-            for counts in pool.map(lambda k: read_tally(run.store, k), keys):
-                tally.update(counts)
+    for counts in read_tallies(run.store, [f"{run.prefix}/{c.part}.parquet" for c in chunks if f"{c.part}.parquet" in there]):
+        tally.update(counts)
     total -= _apart(run.store, chosen)
     progress(tally["rows_in"], total, tally["rejects"])
     if todo:
@@ -115,7 +112,7 @@ def run_chunks(run: Run, posts: Manifest, chosen: Selection, spec: EngineSpec, w
             context.enable_progress_bars = False
             context.print_on_execution_start = False
             rows = [{"file": c.file, "lo": c.lo, "hi": c.hi} for c in todo]
-            gpus = spec.runtime.tensor_parallel * spec.runtime.pipeline_parallel if spec.device == "cuda" and spec.backend == "vllm" else 0
+            gpus = spec.runtime.devices if spec.device == "cuda" and spec.backend == "vllm" else 0
             results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
                 ChunkWorker,
                 fn_constructor_args=(
@@ -152,9 +149,14 @@ def run_chunks(run: Run, posts: Manifest, chosen: Selection, spec: EngineSpec, w
     return tally
 
 
-def read_tally(store: Store, key: str) -> Counter[str]:
-    """The counts that a part was committed with."""
-    return Counter(json.loads((pq.read_metadata(store.path(key), filesystem=store.fs).metadata or {})[TALLY]))
+def read_tallies(store: Store, keys: list[str]) -> list[Counter[str]]:
+    """The counts that these parts were committed with; of each part its Parquet footer is read."""
+
+    def read(key: str) -> Counter[str]:
+        return Counter(json.loads((pq.read_metadata(store.path(key), filesystem=store.fs).metadata or {})[TALLY]))
+
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(read, keys))
 
 
 def commit_part(store: Store, target: str, part: str, kind: Any, kept: list[Any], rejected: list[Reject], tally: Counter[str]) -> None:
@@ -172,10 +174,9 @@ def _apart(store: Store, chosen: Selection) -> int:
     if chosen.apart is None:
         return 0
     count = 0
-    for name in chosen.apart.files:
-        if name.endswith(".parquet"):
-            rows = pq.read_table(store.path(f"duplicates/{chosen.apart.name}/{name}"), columns=["split", "label", "rep_label"], filesystem=store.fs)
-            count += sum(r["label"] == r["rep_label"] and chosen.split in (None, r["split"]) for r in rows.to_pylist())
+    for name in chosen.apart.parts():
+        rows = pq.read_table(store.path(f"duplicates/{chosen.apart.name}/{name}"), columns=["split", "label", "rep_label"], filesystem=store.fs)
+        count += sum(r["label"] == r["rep_label"] and chosen.split in (None, r["split"]) for r in rows.to_pylist())
     return count
 
 

@@ -65,7 +65,7 @@ def picture(folder: Path, tokenizer: Any, contract: Contract) -> str:
     side, (least, most) = contract.image.side, _pixels(folder)
     if not least <= side**2 <= most:
         raise ConfigError(f"the processor takes {least:,} to {most:,} pixels: it would resize the contract's {side} × {side} = {side**2:,}")
-    return f"{side} × {side} pixels in {side**2 // 784} tokens"
+    return f"{side} × {side} pixels in {contract.image.tokens} tokens"
 
 
 def contract_of(folder: Path) -> Contract | None:

@@ -222,7 +222,7 @@ def row_seconds(s: EngineSpec, shape: Shape, a: Accelerator, *, prefill: float, 
     `prefill` prompt tokens are computed (what a shared prefix spares not counted), `pictures` of them are visual tokens to encode, `written`
     tokens are decoded at a mean length of `context`, `batch` rows together: a step reads all weights once and each row's keys and values.
     """
-    devices = s.runtime.tensor_parallel * s.runtime.pipeline_parallel if s.device == "cuda" else 1
+    devices = s.runtime.devices if s.device == "cuda" else 1
     together = devices * DOUBLING ** math.log2(devices)
     flops, bandwidth = together * a.tflops_bf16 * 1e12 * COMPUTE_SHARE, together * a.bandwidth_gbs * 1e9 * BANDWIDTH_SHARE
     read = 2 * (prefill * shape.decoder + pictures * shape.merge**2 * shape.visual) / flops

@@ -61,7 +61,7 @@ class VLLMEngine:
             raise EngineError(f"vLLM cannot open {s.model}: {type(e).__name__}: {e}") from e
         self.spec = s
         self.tokenizer: Any = self.llm.get_tokenizer()
-        self.image_tokens = s.contract.image.side**2 // 784
+        self.image_tokens = s.contract.image.tokens
         self.label_ids = label_token_ids(self.tokenizer, s.contract)
 
     async def generate(self, messages: Messages, image: Image.Image | None, sampling: Sampling) -> Completion:

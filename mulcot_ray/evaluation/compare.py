@@ -18,7 +18,6 @@ report.json, VERSION 1. Shares are from 0 to 1, intervals [low, high] at 95 %; `
 from __future__ import annotations
 
 import heapq
-import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from mulcot_ray.artifacts import Manifest, begin, find, need
+from mulcot_ray.artifacts import Manifest, find, need
 from mulcot_ray.engines.chunks import Progress
 from mulcot_ray.errors import ConfigError, InputError
-from mulcot_ray.evaluation.evaluate import Pages, load_report, posts_of, write_pages
+from mulcot_ray.evaluation.evaluate import Pages, posts_of, publish
 from mulcot_ray.evaluation.matching import Bucket, Rows, answers, match
 from mulcot_ray.evaluation.matching import posts as post_rows
 from mulcot_ray.evaluation.metrics import confusion
@@ -62,16 +61,7 @@ def compare(
     if tables["a"].fingerprint == tables["b"].fingerprint:
         raise ConfigError(f"{a!r} and {b!r} are the same answers: two different ones are wanted")
     identity = {"stage": "compare", "report": VERSION, **{k: m.fingerprint for k, m in tables.items()}, "split": split, "contract": contract.hash}
-    report = None if find(store, "evaluations", name) else _compare(store, tables, split, contract, runtime, progress)
-    run = begin(store, "evaluations", name, identity)
-    if isinstance(run, Manifest):
-        return run, load_report(store, name), False
-    assert report is not None
-    with run:
-        store.create(f"{run.prefix}/report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
-        write_pages(run, report, pages)
-        manifest = run.commit(rows_in=report["counts"]["posts"], stats=_headline(report))
-    return manifest, load_report(store, name), True
+    return publish(store, name, identity, partial(_compare, store, tables, split, contract, runtime, progress), "posts", _headline, pages)
 
 
 @dataclass

@@ -74,30 +74,34 @@ def evaluate(
         "stage": "evaluate", "report": VERSION, **{k: m.fingerprint for k, m in tables.items()}, "split": split, "contract": contract.hash,
         "slices": slices, "scores": scores,
     }  # fmt: skip
-    # Scored before the name is taken: a wrong --split or --posts leaves nothing behind that would stand in the way of the right one.
-    report = None if find(store, "evaluations", name) else _score(store, tables, split, contract, slices, scores, runtime, progress)
+    make = partial(_score, store, tables, split, contract, slices, scores, runtime, progress)
+    return publish(store, name, identity, make, "gold", headline, pages)
+
+
+def publish(
+    store: Store, name: str, identity: Mapping[str, Any], make: Callable[[], dict[str, Any]], counted: str,
+    headline: Callable[[Mapping[str, Any]], dict[str, float]], pages: Pages | None,
+) -> tuple[Manifest, dict[str, Any], bool]:  # fmt: skip
+    """evaluations/NAME with the report that `make` gives, unless it is there. `counted` of the report's counts is the result's rows."""
+    # Made before the name is taken: a wrong --split or --posts leaves nothing behind that would stand in the way of the right one.
+    report = None if find(store, "evaluations", name) else make()
     run = begin(store, "evaluations", name, identity)
     if isinstance(run, Manifest):
         return run, load_report(store, name), False
     assert report is not None
     with run:
         store.create(f"{run.prefix}/report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
-        write_pages(run, report, pages)
-        manifest = run.commit(rows_in=report["counts"]["gold"], stats=headline(report))
+        for file, text in (pages(run, report) if pages else {}).items():
+            store.write(f"{run.prefix}/{file}", text.encode())  # one that a killed attempt left is replaced
+        manifest = run.commit(rows_in=report["counts"][counted], stats=headline(report))
     return manifest, load_report(store, name), True
-
-
-def write_pages(run: Run, report: Mapping[str, Any], pages: Pages | None) -> None:
-    """The files for people, as part of the result; one that a killed attempt left is replaced."""
-    for file, text in (pages(run, report) if pages else {}).items():
-        run.store.write(f"{run.prefix}/{file}", text.encode())
 
 
 def load_report(store: Store, name: str) -> dict[str, Any]:
     """The report of a finished evaluation. Raises ArtifactError when its file is gone."""
     data = store.read(f"evaluations/{name}/report.json")
     if data is None:
-        raise ArtifactError(f"evaluations/{name} is finished but has no report.json: delete the folder and evaluate again")
+        raise ArtifactError(f"evaluations/{name} is finished but has no report.json: delete the folder and run again")
     return dict(json.loads(data))
 
 

@@ -28,7 +28,8 @@ from mulcot_ray.artifacts import Manifest, begin, find, need, read_rows
 from mulcot_ray.engines.base import Engine, EngineSpec, Role, engine_spec
 from mulcot_ray.engines.chunks import Progress, Selection, run_chunks
 from mulcot_ray.engines.work import LabelWork
-from mulcot_ray.errors import ArtifactError, ConfigError, InputError
+from mulcot_ray.errors import ConfigError, InputError
+from mulcot_ray.evaluation.evaluate import load_report
 from mulcot_ray.evaluation.faithfulness_measures import Case, ruled, summarise
 from mulcot_ray.prompts import Contract, digest
 from mulcot_ray.recipe import Recipe, Runtime
@@ -65,7 +66,7 @@ def faithfulness(
     cases = {} if find(store, "evaluations", name) else paired(_sample(store, source, split, limit, recipe.seed))
     run = begin(store, "evaluations", name, drawn | asked)
     if isinstance(run, Manifest):
-        return run, _load(store, name), False
+        return run, load_report(store, name), False
     work = Asked(recipe.contract, mode, recipe.explain_tokens, recipe.seed, model, spec.temperature)
     behind = Told(recipe.contract, Task.PREDICT if mode == "generate" else Task.REASONING, model)
     with run:
@@ -85,7 +86,7 @@ def faithfulness(
         }  # fmt: skip
         store.create(f"{run.prefix}/report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
         manifest = run.commit(len(cases), stats=_headline(report))
-    return manifest, _load(store, name), True
+    return manifest, load_report(store, name), True
 
 
 # --- the sample and its partners -------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ def _sample(store: Store, posts: Manifest, split: Split, limit: int | None, seed
 
 def _places(store: Store, posts: Manifest, split: Split, seed: int) -> Iterator[tuple[str, _Place]]:
     """Source and place of every post of the split."""
-    for file in (f for f in posts.files if f.endswith(".parquet") and not f.startswith("rejects/")):
+    for file in posts.parts():
         with pq.ParquetFile(store.path(f"posts/{posts.name}/{file}"), filesystem=store.fs) as f:
             for group in range(f.metadata.num_row_groups):
                 for r in f.read_row_group(group, columns=["post_id", "source_id", "split"]).to_pylist():
@@ -251,10 +252,3 @@ def _headline(report: Mapping[str, Any]) -> dict[str, float]:
     for what in ("picture", "text"):
         found |= {f"{what}_{k}": m[f"swap_{what}"][k]["value"] for k in ("flips", "towards_partner")}
     return {k: v for k, v in found.items() if v is not None}
-
-
-def _load(store: Store, name: str) -> dict[str, Any]:
-    data = store.read(f"evaluations/{name}/report.json")
-    if data is None:
-        raise ArtifactError(f"evaluations/{name} is finished but has no report.json: delete the folder and run again")
-    return dict(json.loads(data))

@@ -111,10 +111,10 @@ def _pieces(inputs: Sequence[Input]) -> list[_Piece]:
     found = []
     for role, i in enumerate(inputs):
         first = 0
-        for file, facts in i.manifest.files.items():
-            if file.endswith(".parquet") and file.startswith("rejects/") == i.rejects:
-                found.append(_Piece(role, file, first, facts["rows"]))
-                first += facts["rows"]
+        for file in i.manifest.parts(rejects=i.rejects):
+            rows = i.manifest.files[file]["rows"]
+            found.append(_Piece(role, file, first, rows))
+            first += rows
     return found
 
 

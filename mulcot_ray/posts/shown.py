@@ -30,7 +30,7 @@ def rows_by_id(store: Store, manifest: Manifest, ids: Collection[str]) -> dict[s
 
     The ids of a file are read first, and of whole rows only the row groups that hold one that is wanted, 16 rows at a time.
     """
-    files = [f for f in manifest.files if f.endswith(".parquet") and not f.startswith("rejects/")]
+    files = manifest.parts()
     prefix, found = f"{manifest.kind}/{manifest.name}", dict[str, dict[str, Any]]()
     with ThreadPoolExecutor(THREADS) as pool:
         for at in range(0, len(files), 8 * THREADS):

@@ -36,9 +36,8 @@ def survey(store: Store, posts: Manifest, split: Split | None) -> Survey:
     """Reads five narrow columns, a file at a time: 0.1 s for 100,000 posts on a local disk. `split` None: all of them."""
     counts: dict[str, Counter[str]] = {}
     groups: list[tuple[str, int, int]] = []
-    files = [f for f in posts.files if f.endswith(".parquet") and not f.startswith("rejects/")]
     with ThreadPoolExecutor(THREADS) as pool:
-        for found, some in pool.map(lambda f: _file(store, f"posts/{posts.name}/{f}", f, split), files):
+        for found, some in pool.map(lambda f: _file(store, f"posts/{posts.name}/{f}", f, split), posts.parts()):
             groups += some
             for r in found:
                 n = r["count_all"]

@@ -29,7 +29,7 @@ from mulcot_ray.serving.faults import add_handlers
 from mulcot_ray.serving.guards import BODY_S, BearerTokens, BodyLimit, LoopbackOnly, Refused
 from mulcot_ray.serving.leaving import Written, while_there
 from mulcot_ray.serving.metrics import Counted, Meters
-from mulcot_ray.serving.reading import read
+from mulcot_ray.serving.reading import media_type, read
 from mulcot_ray.serving.schemas import (
     MAX_BATCH,
     MAX_BODY,
@@ -82,7 +82,7 @@ def make_api(
     async def batch(request: Request) -> Response:
         """Label many posts: a SentimentRequest a line, answered by a line each, in the same order."""
         nonlocal batches
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() not in KINDS:
+        if media_type(request) not in KINDS:
             raise Refused(415, "unsupported_media_type", f"the header `Content-Type: {KINDS[0]}` is wanted")
         if batches >= BATCHES:
             raise Refused(503, "over_capacity", f"{BATCHES} batches are being answered", headers={"Retry-After": "10"})

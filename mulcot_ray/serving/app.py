@@ -107,7 +107,7 @@ def application(
         r = runtime.student
         resources: dict[str, Any] = {"num_cpus": r.cpus, "runtime_env": {"env_vars": ENVIRONMENT | ONE_LOOP | dict(environment or {})}}
         if runtime.device == "cuda":
-            resources["num_gpus"] = r.tensor_parallel * r.pipeline_parallel
+            resources["num_gpus"] = r.devices
         scale: dict[str, Any] = {"num_replicas": r.replicas}
         if not isinstance(r.replicas, int):
             lo, hi = r.replicas

@@ -29,12 +29,12 @@ from mulcot_ray.serving.events import Emit, emitted
 from mulcot_ray.serving.faults import invalid
 from mulcot_ray.serving.guards import Refused
 from mulcot_ray.serving.leaving import Written, while_there
-from mulcot_ray.serving.reading import image_bytes
+from mulcot_ray.serving.reading import image_bytes, media_type
 
 
 async def chat(request: Request, answering: Answering) -> ChatResponse | Written:
     """Raises Refused, RowFault, EngineError and TimeoutError."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+    if media_type(request) != "application/json":
         raise Refused(415, "unsupported_media_type", "the header `Content-Type: application/json` is wanted")
     try:
         asked = ChatRequest.model_validate_json(await request.body())

@@ -27,9 +27,14 @@ JSON, FORM = "application/json", "multipart/form-data"
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
+def media_type(request: Request) -> str:
+    """Of the body, without parameters; empty where none is stated."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 async def read(request: Request) -> tuple[SentimentRequest, bytes | None]:
     """The request, and the picture where it came as a file. Raises Refused."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = media_type(request)
     if kind == JSON:
         return parse(await request.body()), None
     if kind == FORM:

@@ -75,7 +75,7 @@ def card(run: Run, posts: Manifest, recipe: Recipe, stats: Mapping[str, Any], ex
     rationales = _fetch(run.store, run.prefix, chosen)
     answers = _fetch(run.store, f"{run.prefix}/rejects", chosen_rejects)
     ids = [i for i, _ in (*chosen, *chosen_rejects)]
-    files = [f for f in posts.files if f.endswith(".parquet") and "/" not in f]
+    files = posts.parts()
     found = _fetch(run.store, f"posts/{posts.name}", [(i, f) for f in files for i in ids])
     gold, told = {k: int(n) for k, n in stats["gold"].items()}, {k: int(n) for k, n in stats["found"].items()}
     stage, settings = run.identity["stage"], run.identity[run.identity["stage"]]

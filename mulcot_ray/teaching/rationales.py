@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from PIL import Image
 from mulcot_ray.artifacts import Manifest, Run, begin
 from mulcot_ray.engines.ask import Asked, ask, sampling
 from mulcot_ray.engines.base import Engine, EngineSpec
-from mulcot_ray.engines.chunks import Chunk, Progress, Selection, commit_part, read_tally, run_chunks
+from mulcot_ray.engines.chunks import Chunk, Progress, Selection, commit_part, read_tallies, run_chunks
 from mulcot_ray.errors import ConfigError, InputError, RowFault
 from mulcot_ray.prompts import Contract
 from mulcot_ray.recipe import Recipe, Runtime
@@ -147,20 +147,19 @@ def _fits(redo: Manifest, identity: dict[str, Any]) -> None:
 def _copies(run: Run, chosen: Selection, work: RationaleWork) -> Counter[str]:
     """Parts copies-*: the duplicates' rows, with the rationale (or the reject) of their representatives. One part a file of the posts."""
     assert chosen.apart is not None
-    tally = Counter[str]()
-    for file in chosen.apart.files:
-        if not file.endswith(".parquet"):
-            continue
+    there, parts = run.store.files(run.prefix), []
+    for file in chosen.apart.parts():
         part = f"copies-{file.removeprefix('part-').removesuffix('.parquet')}"
-        if run.store.read(f"{run.prefix}/{part}.parquet") is None:
+        parts.append(f"{run.prefix}/{part}.parquet")
+        if f"{part}.parquet" not in there:
             table = pq.read_table(run.store.path(f"duplicates/{chosen.apart.name}/{file}"), filesystem=run.store.fs)
             rows = [r for r in table.to_pylist() if r["label"] == r["rep_label"] and chosen.split in (None, r["split"])]
-            _copy(run, part, rows, work)
-        tally += read_tally(run.store, f"{run.prefix}/{part}.parquet")
-    return tally
+            _copy(run, part, rows, work, there)
+    return sum(read_tallies(run.store, parts), Counter[str]())
 
 
-def _copy(run: Run, part: str, rows: list[dict[str, Any]], work: RationaleWork) -> None:
+def _copy(run: Run, part: str, rows: list[dict[str, Any]], work: RationaleWork, there: Collection[str]) -> None:
+    """`there`: the files of the run."""
     size = int(run.plan["rows_per_chunk"])
     by_chunk: dict[str, list[dict[str, Any]]] = {}
     for r in rows:
@@ -172,7 +171,7 @@ def _copy(run: Run, part: str, rows: list[dict[str, Any]], work: RationaleWork) 
     for chunk, members in by_chunk.items():
         found: dict[str, Any] = {}
         for key, kind in ((f"rejects/{chunk}.parquet", Reject), (f"{chunk}.parquet", Rationale)):
-            if run.store.read(f"{run.prefix}/{key}") is not None:
+            if key in there:
                 table = pq.read_table(run.store.path(f"{run.prefix}/{key}"), filesystem=run.store.fs)
                 found |= {r["post_id"]: from_row(kind, r) for r in table.to_pylist()}  # type: ignore[type-var]
         for r in members:

@@ -95,7 +95,7 @@ def _part(store: Store, path: str) -> pa.Table:
 
 
 def _parts(m: Manifest) -> list[str]:
-    return [f"{m.kind}/{m.name}/{f}" for f in m.files if f.endswith(".parquet") and not f.startswith("rejects/")]
+    return [f"{m.kind}/{m.name}/{f}" for f in m.parts()]
 
 
 def row_key(**values: Any) -> int:
