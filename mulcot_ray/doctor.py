@@ -156,11 +156,13 @@ def line(c: Check) -> Text:
 
 
 def _workers(recipe: Recipe, runtime: Runtime) -> str:
+    lo, hi = runtime.workers
     for role in ("assistant", "student"):
         batch = getattr(recipe, role).global_batch
-        if batch % runtime.train_workers:
-            raise ConfigError(f"global_batch {batch} of the {role} does not divide by train_workers {runtime.train_workers}")
-    return f"{runtime.train_workers} workers divide the batches of {recipe.assistant.global_batch} and {recipe.student.global_batch} posts"
+        for n in range(lo, hi + 1):
+            if batch % n:
+                raise ConfigError(f"global_batch {batch} of the {role} does not divide by train_workers {n}")
+    return f"{lo if lo == hi else f'{lo} to {hi}'} workers divide the batches of {recipe.assistant.global_batch} and {recipe.student.global_batch} posts"
 
 
 def _posts(store: Store, recipe: Recipe, name: str | None, found: list[Post], count: int) -> str:

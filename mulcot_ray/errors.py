@@ -6,7 +6,8 @@ MulcotError
 ├── ArtifactError          something under the root
 │   ├── ArtifactMissing    a needed table or model is not there (the message says which command makes it)
 │   ├── RecipeChanged      the name is taken by a result of other inputs; says what changed
-│   └── Busy               another run holds the name
+│   ├── Busy               another run holds the name
+│   └── Held               a night is not fit to be published; says which gate holds it back
 ├── EngineError            the engine cannot start or has died
 ├── ConservationError      rows in ≠ rows out + rejects: a bug, never published
 └── TrainingError          training cannot go on (no examples, loss not finite, vocabularies differ)
@@ -47,6 +48,10 @@ class RecipeChanged(ArtifactError):
 
 
 class Busy(ArtifactError):
+    pass
+
+
+class Held(ArtifactError):
     pass
 
 

@@ -94,7 +94,7 @@ def device(runtime: Runtime, address: str | None) -> str:
         cpus = runtime.local_cpus or max(4, os.cpu_count() or 1)
         asked = {
             **{role: getattr(runtime, role).cpus for role in ("teacher", "assistant", "student")},
-            "training": runtime.train_workers * runtime.train_cpus,
+            "training": runtime.workers[1] * runtime.train_cpus,
         }
         if large := [f"{k} asks for {n:g} CPUs" for k, n in asked.items() if n > cpus]:
             raise ConfigError(f"{' and '.join(large)}, and Ray has {cpus} here: it would wait for ever")

@@ -70,6 +70,7 @@ class Lora(Frozen):
     # Train the embeddings of the label words' first tokens too. A base that has hardly seen these words apart from each other keeps them nearly
     # equal, and no adapter before a frozen output layer can then make the model sure (measured: confidence stops at 0.67).
     label_words: bool = False
+    projector: bool = False  # train the vision tower's merger too, whole
     # Regular expression over module names. The authors' bare suffixes also match the MLPs of the vision tower.
     targets: str = r".*language_model\.layers\.\d+\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -87,6 +88,7 @@ class Train(Frozen):
     schedule: Literal["plateau", "cosine"]  # plateau: halve lr after 2 epochs without a better validation accuracy
     warmup: float = Field(0.0, ge=0, lt=1)  # share of the steps, cosine only
     clip: float = Field(1.0, gt=0)
+    select_by: Literal["scored", "generated"] = "scored"  # the best epoch: by scored label words, or by labels that the model writes
 
     @model_validator(mode="after")
     def _lora(self) -> Self:
@@ -100,6 +102,11 @@ class Distill(Frozen):
 
     lam: float = Field(0.3, ge=0, le=1)
     temperature: float = Field(2.0, gt=0)
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    beta: float = Field(0.5, gt=0, lt=1)  # of jsd: the assistant's share of the mixture
+    soft_labels: Literal["online", "cached"] = "online"  # cached: written once by `mulcot soften`, then trained from without the assistant
+    keep: Literal["top_k", "sampled"] = "top_k"  # cached: the most probable tokens and their lumped rest, or unbiased draws (arXiv 2503.16870)
+    top_k: int = Field(64, gt=0)  # cached: so many tokens of each distribution
 
 
 class Recipe(Frozen):
@@ -162,11 +169,29 @@ class Runtime(Frozen):
     teacher: EngineRuntime = EngineRuntime()
     assistant: EngineRuntime = EngineRuntime()
     student: EngineRuntime = EngineRuntime()
-    train_workers: int = Field(2, ge=1)
+    train_workers: int | tuple[int, int] = 2  # fixed, or from–to: as many as there is room for
     train_cpus: float = Field(1, ge=0)  # per worker
     micro_batch: int = Field(8, ge=1)  # posts in one forward pass of one worker
     reshard: bool = True  # free gathered weights after each use; False: keep them for the step, where memory allows
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    packed: bool = True  # both tasks of a post in one row that shares the picture; False: a row each
+    loss_chunk: int = Field(1024, ge=1)  # answer tokens whose logits exist at once
+    checkpoint_steps: int | None = Field(None, ge=1)  # a checkpoint after so many steps too, not only at the end of an epoch
+    compile_training: bool = False
+    parity_posts: int = Field(8, ge=0)  # validation posts on which transformers and vLLM must agree about an export; 0: not checked
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """Training workers, from–to."""
+        n = self.train_workers
+        return (n, n) if isinstance(n, int) else n
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        lo, hi = self.workers
+        if not 1 <= lo <= hi:
+            raise ValueError(f"train_workers {self.train_workers}: a number from 1, or [from, to] is wanted")
+        return self
 
 
 def load_recipe(name: str) -> Recipe:

@@ -1,4 +1,4 @@
-"""The nouns: Post, Rationale, Prediction, Reject, each with its Arrow schema. The unit is one (post, aspect) pair.
+"""The nouns: Post, Rationale, Prediction, Labelled, Reject, each with its Arrow schema. The unit is one (post, aspect) pair.
 
 Tables are Parquet with exactly these columns; `to_table` and `from_row` are the only way in and out.
 """
@@ -186,6 +186,54 @@ class Prediction(_Record):
     )  # fmt: skip
 
 
+class Fate(StrEnum):
+    """What becomes of a row of a night's dump. A night's rows in = the sum over these."""
+
+    SCORED = "scored"  # asked tonight
+    CARRIED = "carried"  # the same content was asked on an earlier night
+    COPIED = "copied"  # another post of the dump has the same content, and was asked in this one's place
+    REPEATED = "repeated"  # the same post came before in the dump, word for word: the earlier row stands
+    DEFERRED = "deferred"  # there was no time or money for it; a later night asks
+    REJECTED = "rejected"
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled(_Record):
+    """A row of a night's labels. (post_id, aspect) is unique in a night.
+
+    `answered_by` is the role whose label it is (student, or who was asked after it), `scored_on` the date of the dump for which it was asked,
+    `content` the digest of text, aspect and picture. `negative`, `neutral` and `positive` are calibrated and sum to 1.
+    """
+
+    post_id: str
+    aspect: str | None
+    label: Sentiment
+    negative: float | None
+    neutral: float | None
+    positive: float | None
+    label_mass: float | None
+    answered_by: str
+    fate: Fate
+    scored_on: str
+    copied_of: str | None
+    content: str
+    model: str
+    contract: str
+    text_analysis: str | None = None
+    image_analysis: str | None = None
+    conflict_resolution: str | None = None
+    final_conclusion: str | None = None
+    stated: Sentiment | None = None
+    rationale_fault: str | None = None
+
+    schema: ClassVar[pa.Schema] = _schema(
+        post_id="string", aspect="string", label="string", negative="float64", neutral="float64", positive="float64", label_mass="float64",
+        answered_by="string", fate="string", scored_on="string", copied_of="string", content="string", model="string", contract="string",
+        text_analysis="string", image_analysis="string", conflict_resolution="string", final_conclusion="string", stated="string",
+        rationale_fault="string",
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Reject(_Record):
     """A row that did not come through: where, why, and what the model said, if it was asked."""
@@ -202,9 +250,10 @@ class Reject(_Record):
     )  # fmt: skip
 
 
-R = TypeVar("R", Post, Rationale, Prediction, Reject)
+R = TypeVar("R", Post, Rationale, Prediction, Labelled, Reject)
 _ENUMS: dict[str, type[StrEnum]] = {
-    "label": Sentiment, "prediction": Sentiment, "stated": Sentiment, "split": Split, "source": Source, "reason": Reason
+    "label": Sentiment, "prediction": Sentiment, "stated": Sentiment, "split": Split, "source": Source, "reason": Reason,
+    "fate": Fate,
 }  # fmt: skip
 
 

@@ -292,10 +292,10 @@ def places(runtime: Runtime) -> int:
     import ray
 
     there, engines = ray.cluster_resources(), (runtime.teacher, runtime.assistant, runtime.student)
-    cpus = max(runtime.train_workers * runtime.train_cpus, *(e.cpus for e in engines)) + 1
+    cpus = max(runtime.workers[1] * runtime.train_cpus, *(e.cpus for e in engines)) + 1
     room = there.get("CPU", 0) // cpus if there.get("CPU", 0) > 4 else 1
     if runtime.device == "cuda":
-        room = min(room, there.get("GPU", 0) // max(runtime.train_workers, *(e.devices for e in engines)))
+        room = min(room, there.get("GPU", 0) // max(runtime.workers[1], *(e.devices for e in engines)))
     return max(1, int(room))
 
 
