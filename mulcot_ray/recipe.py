@@ -194,6 +194,11 @@ class Runtime(Frozen):
         return self
 
 
+def load_settings(kind: type[T], name: str, folder: str) -> T:
+    """Settings of another kind: a built-in file of `recipes/FOLDER` by name, or a YAML file. Raises ConfigError with the offending key."""
+    return _validate(kind, _read(name, HERE / "recipes" / folder), name)
+
+
 def load_recipe(name: str) -> Recipe:
     """A built-in recipe by name, or a YAML file. Raises ConfigError with the offending key."""
     data = _read(name, HERE / "recipes")

@@ -14,7 +14,7 @@ LAYERS = [
     {"prompts", "recipe", "storage", "artifacts", "calibration", "cluster", "console", "html", "prices"},
     {"posts", "engines"},
     {"teaching", "training", "evaluation", "labeling", "serving"},
-    {"cli", "demo", "plan", "doctor", "machines", "sweep"},
+    {"cli", "demo", "plan", "doctor", "machines", "sweep", "lineage", "replay", "submit"},
 ]
 STAGES = LAYERS[3]
 HEAVY = {
@@ -85,6 +85,8 @@ def test_jobs_are_thin_and_complete() -> None:
         "augment",
         "student",
         "label",
+        "nightly",
+        "replay",
         "evaluate",
         "compare",
         "faithfulness",

@@ -15,6 +15,7 @@ from mulcot_ray.cli.common import (
     Mode,
     Name,
     Posts,
+    Prices,
     RecipeOption,
     Role,
     RoleOption,
@@ -28,10 +29,12 @@ from mulcot_ray.cli.common import (
     show_plan,
     stage,
 )
+from mulcot_ray.cli.nights import Budget, Deadline, Images, Settings, one_night, pace_of
 from mulcot_ray.console import console, counter, rows, training
+from mulcot_ray.engines.work import Explain
 from mulcot_ray.errors import ConfigError
-from mulcot_ray.recipe import load_recipe, load_runtime
-from mulcot_ray.records import Split
+from mulcot_ray.recipe import load_recipe, load_runtime, load_settings
+from mulcot_ray.records import Sentiment, Split
 
 
 class Format(StrEnum):
@@ -191,17 +194,33 @@ def student(
 
 @app.command()
 def label(
-    posts: Posts,
     model: Annotated[str, typer.Option("--model", help="`builtin:student`, a model folder, or a trained model's name.")],
+    posts: Annotated[str | None, typer.Option("--posts", help="Name of an imported posts table.")] = None,
+    input: Annotated[str | None, typer.Option("--input", help="In place of --posts: one dt=YYYY-MM-DD partition of a dump, as `mulcot nightly` labels it, not published.")] = None,
     root: Root = "runs", recipe: RecipeOption = "tiny", runtime: RuntimeOption = "laptop", name: Name = None, split: SplitOption = None,
     mode: Mode = LabelMode.SCORE,
     role: RoleOption = Role.STUDENT,
     dry_run: DryRun = False,
+    date: Annotated[str | None, typer.Option("--date", help="--input: the night's date, where the folder does not say it.")] = None,
+    images: Images = None, settings: Settings = "default", deadline: Deadline = None, budget: Budget = None, prices: Prices = None,
+    explain_share: Annotated[float | None, typer.Option("--explain-share", min=0, max=1, help="--input: rationales for this share of the posts.")] = None,
+    explain_labels: Annotated[list[Sentiment] | None, typer.Option("--explain-label", help="--input: rationales for posts with this label; repeat for several.")] = None,
 ) -> None:  # fmt: skip
-    """Label posts in bulk, every row accounted for."""
+    """Label posts in bulk, every row accounted for: an imported table (--posts), or a partition of a dump (--input)."""
     from mulcot_ray.labeling.label import label as run
+    from mulcot_ray.labeling.version import NightSettings
 
     r, t = load_recipe(recipe), load_runtime(runtime)
+    if (posts is None) == (input is None):
+        raise failed(ConfigError("either --posts (an imported table) or --input (a partition of a dump) is wanted"))
+    if input is not None:
+        s = load_settings(NightSettings, settings, "nights")
+        if explain_share is not None or explain_labels or mode is LabelMode.EXPLAIN:
+            share = 1.0 if mode is LabelMode.EXPLAIN else explain_share or 0.0
+            s = s.model_copy(update={"explain": Explain(share=share, labels=tuple(explain_labels or ()))})
+        with stage(root, "label-night") as store:
+            return one_night(store, input, date, model, r, t, images, s, pace_of(deadline, budget, s.late, prices))
+    assert posts is not None
     with stage(root, f"label-{name or posts}") as store:
         if dry_run:
             return show_plan(

@@ -3,7 +3,8 @@
 A chunk is a row range of one part of the posts table, cut the same way on every attempt. Its rows are asked concurrently (vLLM
 batches them continuously, several chunks at once), its rejects are written, then its part is *created*: that is the commit. After a
 kill, chunks whose part exists are skipped; a chunk in flight is done again, and finds the answers that it had already paid for
-(engines/answers.py). Rows of a chunk = rows of its part + its rejects.
+(engines/answers.py). Rows of a chunk = rows of its part + its rejects. A part names the file of its rejects, so that no two attempts at a
+chunk can mix.
 
 An engine that dies is opened again and the chunk repeated. A chunk that was begun twice without an end is done *carefully*: alone, a row
 at a time, each written down before it is asked. A row that is found twice at the scene is the killer, and becomes a reject.
@@ -13,10 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -28,6 +30,7 @@ from mulcot_ray.artifacts import Manifest, Run, parquet_bytes
 from mulcot_ray.cluster import log_folder, own_error, session
 from mulcot_ray.engines.answers import Answers
 from mulcot_ray.engines.base import Completion, Engine, EngineSpec, Messages, Sampling, Scores, open_engine
+from mulcot_ray.engines.pace import DEFER, PLAIN, Pace
 from mulcot_ray.engines.sizing import sequences
 from mulcot_ray.errors import ConservationError, EngineError, InputError, RowFault
 from mulcot_ray.posts.images import post_image
@@ -38,7 +41,7 @@ from mulcot_ray.storage import Store
 IN_FLIGHT = 3  # chunks an actor works on at once: the tail of one is filled by the next
 CAREFUL = 3  # the attempt at a chunk from which on it is done a row at a time
 LIVES = 8  # attempts that one actor gives a chunk; a killer row is found in the fifth
-TALLY = b"mulcot"  # key of a part's counts in its Parquet metadata
+TALLY, REJECTS = b"mulcot", b"mulcot.rejects"  # keys in a part's Parquet metadata: its counts, and the name of the file of its rejects
 THREADS = 32  # per actor, for reading, decoding and the answer cache: they wait more than they work
 
 
@@ -52,6 +55,41 @@ class Work(Protocol):
 
     def tally(self, post: Post, result: Any) -> Iterable[str]:
         """Names of the counters that go up by one for this row; `result` may be a Reject."""
+
+    def plain(self) -> Work:
+        """The same without what can be left out when time or money is short."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A table of posts, somewhere under the root: its Parquet files with their rows, and how many of them are to be asked."""
+
+    prefix: str
+    files: Mapping[str, int]
+    total: int
+
+
+def source_of(posts: Manifest, split: Split | None) -> Source:
+    """A finished posts table. Raises InputError where the split has no rows."""
+    total = posts.rows if split is None else int(posts.stats["splits"].get(split, 0))
+    if total == 0:
+        raise InputError(f"posts {posts.name!r} has no rows in split {split!r}; there are {posts.stats['splits']}")
+    return Source(f"{posts.kind}/{posts.name}", posts.sizes, total)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where parts and rejects go. `owner` tells this run of the stage from the ones before it."""
+
+    store: Store
+    prefix: str
+    stage: str
+    owner: str
+    rows_per_chunk: int
+
+
+def target_of(run: Run) -> Target:
+    return Target(run.store, run.prefix, run.identity["stage"], run.owner, int(run.plan["rows_per_chunk"]))
 
 
 @dataclass(frozen=True)
@@ -82,31 +120,35 @@ class Selection:
 Progress = Callable[[int, int, int], None]  # rows done, rows in all, rejects
 
 
-def plan(posts: Manifest, rows_per_chunk: int) -> list[Chunk]:
-    sizes = {f: posts.files[f]["rows"] for f in posts.parts()}
-    return [Chunk(f, lo, min(lo + rows_per_chunk, n)) for f, n in sizes.items() for lo in range(0, n, rows_per_chunk)]
+def plan(files: Mapping[str, int], rows_per_chunk: int) -> list[Chunk]:
+    """The chunks of files with so many rows each."""
+    return [Chunk(f, lo, min(lo + rows_per_chunk, n)) for f, n in files.items() for lo in range(0, n, rows_per_chunk)]
 
 
-def run_chunks(run: Run, posts: Manifest, chosen: Selection, spec: EngineSpec, work: Work, runtime: Runtime, progress: Progress) -> Counter[str]:
-    """Do what is not yet done. Parts and rejects land under `run`; returns the summed counts of all chunks, `rows_in` and `rejects` among them.
+def run_chunks(
+    target: Target, source: Source, chosen: Selection, spec: EngineSpec, work: Work, runtime: Runtime, progress: Progress, pace: Pace | None = None
+) -> Counter[str]:
+    """Do what is not yet done. Returns the summed counts of all chunks, `rows_in` and `rejects` among them; `deferred` are rows for which
+    the pace left no time or money: they have no part, and the same call again asks them.
 
-    Raises EngineError when the engine cannot start or keeps dying, InputError when there is nothing to do.
+    Raises EngineError when the engine cannot start or keeps dying.
     """
     import ray.data
 
-    total = posts.rows if chosen.split is None else int(posts.stats["splits"].get(chosen.split, 0))
-    if total == 0:
-        raise InputError(f"posts {posts.name!r} has no rows in split {chosen.split!r}; there are {posts.stats['splits']}")
-    chunks = plan(posts, int(run.plan["rows_per_chunk"]))
-    there = run.store.files(run.prefix)
+    store, total = target.store, source.total - _apart(target.store, chosen)
+    chunks = plan(source.files, target.rows_per_chunk)
+    there = store.files(target.prefix)
     todo = [c for c in chunks if f"{c.part}.parquet" not in there]
-    tally = Counter[str]()
-    for counts in read_tallies(run.store, [f"{run.prefix}/{c.part}.parquet" for c in chunks if f"{c.part}.parquet" in there]):
-        tally.update(counts)
-    total -= _apart(run.store, chosen)
+    tally, named = Counter[str](), set[str]()
+    for commit in read_commits(store, [f"{target.prefix}/{c.part}.parquet" for c in chunks if f"{c.part}.parquet" in there]):
+        tally.update(commit.tally)
+        named.add(commit.rejects)
     progress(tally["rows_in"], total, tally["rejects"])
     if todo:
         lo, hi = runtime_replicas(spec, len(todo))
+        brake = f"{target.prefix}/attempts/{target.owner}/brake"
+        if pace is not None and (word := pace.begin(spec, tally["rows_in"], total)):
+            store.write(brake, word)
         with session(runtime):
             context = ray.data.DataContext.get_current()
             context.enable_progress_bars = False
@@ -115,17 +157,7 @@ def run_chunks(run: Run, posts: Manifest, chosen: Selection, spec: EngineSpec, w
             gpus = spec.runtime.devices if spec.device == "cuda" and spec.backend == "vllm" else 0
             results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
                 ChunkWorker,
-                fn_constructor_args=(
-                    run.store,
-                    f"{posts.kind}/{posts.name}",
-                    run.prefix,
-                    run.identity["stage"],
-                    run.owner,
-                    chosen,
-                    spec,
-                    work,
-                    runtime.answer_cache,
-                ),  # fmt: skip
+                fn_constructor_args=(target, source.prefix, chosen, spec, work, runtime.answer_cache, brake),
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(
                     min_size=lo, max_size=hi, max_tasks_in_flight_per_actor=IN_FLIGHT, max_concurrent_calls_per_actor=IN_FLIGHT
@@ -137,36 +169,54 @@ def run_chunks(run: Run, posts: Manifest, chosen: Selection, spec: EngineSpec, w
             )
             try:
                 for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
-                    for counts in batch["tally"]:
+                    for counts, rejects in zip(batch["tally"], batch["rejects"], strict=True):
                         tally.update(json.loads(counts))
-                    progress(tally["rows_in"], total, tally["rejects"])
+                        named.add(str(rejects))
+                    progress(tally["rows_in"] + tally["deferred"], total, tally["rejects"])
+                    if pace is not None and (word := pace.look(tally["rows_in"], total, hi)):
+                        store.write(brake, word)
             except Exception as e:
                 raise own_error(e) or EngineError(f"the workers failed: {type(e).__name__}. Logs: {log_folder()}") from e
-    if tally["rows_in"] != total:
-        raise ConservationError(f"{run.prefix}: {total} rows planned, {tally['rows_in']} accounted for. Nothing is published; please report this.")
-    for name in run.store.files(f"{run.prefix}/attempts"):
-        run.store.delete(f"{run.prefix}/attempts/{name}")
+    if tally["rows_in"] + tally["deferred"] != total:
+        raise ConservationError(f"{target.prefix}: {total} rows planned, {tally['rows_in']} accounted for. Nothing is published; please report this.")
+    for name in store.files(f"{target.prefix}/attempts"):
+        store.delete(f"{target.prefix}/attempts/{name}")
+    ours = {c.part for c in chunks}
+    for name in store.files(f"{target.prefix}/rejects"):  # what attempts left that did not commit
+        if name.partition(".")[0] in ours and name not in named:
+            store.delete(f"{target.prefix}/rejects/{name}")
     return tally
 
 
-def read_tallies(store: Store, keys: list[str]) -> list[Counter[str]]:
-    """The counts that these parts were committed with; of each part its Parquet footer is read."""
+@dataclass(frozen=True)
+class Commit:
+    """What a part was committed with: its counts, and the file of its rejects ("" where it has none)."""
 
-    def read(key: str) -> Counter[str]:
-        return Counter(json.loads((pq.read_metadata(store.path(key), filesystem=store.fs).metadata or {})[TALLY]))
+    tally: Counter[str]
+    rejects: str
+
+
+def read_commits(store: Store, keys: list[str]) -> list[Commit]:
+    """Of each part the Parquet footer is read."""
+
+    def read(key: str) -> Commit:
+        found = pq.read_metadata(store.path(key), filesystem=store.fs).metadata or {}
+        return Commit(Counter(json.loads(found[TALLY])), found[REJECTS].decode())
 
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(read, keys))
 
 
-def commit_part(store: Store, target: str, part: str, kind: Any, kept: list[Any], rejected: list[Reject], tally: Counter[str]) -> None:
-    """Rejects first, then the part with its counts: creating it is the commit."""
-    key = f"{target}/rejects/{part}.parquet"
+def commit_part(store: Store, target: str, part: str, kind: Any, kept: list[Any], rejected: list[Reject], tally: Counter[str]) -> Commit:
+    """Rejects first, under a name of their content, then the part that names them: creating it is the commit. Returns what stands."""
+    name = ""
     if rejected:
-        store.write(key, parquet_bytes(to_table(Reject, rejected)))
-    else:
-        store.delete(key)  # an earlier attempt may have died after writing some
-    store.create(f"{target}/{part}.parquet", parquet_bytes(to_table(kind, kept).replace_schema_metadata({TALLY: json.dumps(tally)})))
+        data = parquet_bytes(to_table(Reject, rejected))
+        name = f"{part}.{hashlib.sha256(data).hexdigest()[:12]}.parquet"
+        store.create(f"{target}/rejects/{name}", data)
+    table = to_table(kind, kept).replace_schema_metadata({TALLY: json.dumps(tally), REJECTS: name})
+    key = f"{target}/{part}.parquet"
+    return Commit(tally, name) if store.create(key, parquet_bytes(table)) else read_commits(store, [key])[0]
 
 
 def _apart(store: Store, chosen: Selection) -> int:
@@ -183,14 +233,13 @@ def _apart(store: Store, chosen: Selection) -> int:
 class ChunkWorker:
     """The Ray Data actor: one engine, several chunks at a time."""
 
-    def __init__(
-        self, store: Store, source: str, target: str, stage: str, owner: str, chosen: Selection, spec: EngineSpec, work: Work, cache: bool
-    ) -> None:
-        self.store, self.source, self.target, self.stage, self.owner = store, source, target, stage, owner
-        self.chosen, self.work = chosen, work
+    def __init__(self, target: Target, source: str, chosen: Selection, spec: EngineSpec, work: Work, cache: bool, brake: str) -> None:
+        self.store, self.target, self.stage = target.store, target.prefix, target.stage
+        self.attempts = f"{target.prefix}/attempts/{target.owner}"
+        self.source, self.chosen, self.work, self.brake = source, chosen, work, brake
         self.spec, self.side = spec, spec.contract.image.side
         self.engine = _Reopening(spec)
-        self.cache = store if cache else None
+        self.cache = target.store if cache else None
         # Enough rows in flight to fill the engine's batch and its queue, few enough that decoded pictures stay few.
         self.places = 2 * sequences(spec)
         self.limit = asyncio.Semaphore(self.places)
@@ -201,19 +250,23 @@ class ChunkWorker:
         if self.pool is None:
             self.pool = ThreadPoolExecutor(THREADS, "chunk")
             asyncio.get_running_loop().set_default_executor(self.pool)
-        tallies = [await self._chunk(Chunk(str(f), int(lo), int(hi))) for f, lo, hi in zip(batch["file"], batch["lo"], batch["hi"], strict=True)]
-        return {"tally": [json.dumps(t) for t in tallies]}
+        done = [await self._chunk(Chunk(str(f), int(lo), int(hi))) for f, lo, hi in zip(batch["file"], batch["lo"], batch["hi"], strict=True)]
+        return {"tally": [json.dumps(c.tally) for c in done], "rejects": [c.rejects for c in done]}
 
-    async def _chunk(self, chunk: Chunk) -> Counter[str]:
+    async def _chunk(self, chunk: Chunk) -> Commit:
         started = time.time()
+        word = await asyncio.to_thread(self.store.read, self.brake)
         posts, kept = await asyncio.to_thread(self._read, chunk)
+        if word == DEFER:
+            return Commit(Counter(deferred=len(posts)), "")
+        work = self.work.plain() if word == PLAIN else self.work
         asked = [p for p in posts if p.post_id not in kept]
         engine = Answers(self.engine, self.spec, self.cache)
         for life in range(LIVES):
             attempt = await asyncio.to_thread(self._begin, chunk)
             alive = self.engine.generation
             try:
-                results = await (self._at_once(engine, asked) if attempt < CAREFUL else self._carefully(engine, chunk, asked))
+                results = await (self._at_once(engine, work, asked) if attempt < CAREFUL else self._carefully(engine, work, chunk, asked))
                 break
             except EngineError:
                 if self.engine.shut is not None or life == LIVES - 1:
@@ -224,32 +277,31 @@ class ChunkWorker:
         tally = Counter[str](rows_in=len(posts), rejects=len(rejected), milliseconds=round((time.time() - started) * 1000))
         tally.update(engine.tally)
         for post in posts:
-            tally.update(self.work.tally(post, found[post.post_id]))
+            tally.update(work.tally(post, found[post.post_id]))
         rows = [r for r in (found[p.post_id] for p in posts) if not isinstance(r, Reject)]
-        await asyncio.to_thread(commit_part, self.store, self.target, chunk.part, self.work.kind, rows, rejected, tally)
-        return tally
+        return await asyncio.to_thread(commit_part, self.store, self.target, chunk.part, work.kind, rows, rejected, tally)
 
-    async def _at_once(self, engine: Engine, posts: list[Post]) -> list[Any]:
-        results = await asyncio.gather(*(self._placed(engine, p) for p in posts), return_exceptions=True)
+    async def _at_once(self, engine: Engine, work: Work, posts: list[Post]) -> list[Any]:
+        results = await asyncio.gather(*(self._placed(engine, work, p) for p in posts), return_exceptions=True)
         for r in results:
             if isinstance(r, BaseException):
                 raise r
         return results
 
-    async def _placed(self, engine: Engine, post: Post) -> Any:
+    async def _placed(self, engine: Engine, work: Work, post: Post) -> Any:
         async with self.limit:
-            return await self._row(engine, post)
+            return await self._row(engine, work, post)
 
-    async def _row(self, engine: Engine, post: Post) -> Any:
+    async def _row(self, engine: Engine, work: Work, post: Post) -> Any:
         try:
-            image = await asyncio.to_thread(post_image, post, self.side)
-            return await self.work(engine, post, image)
+            image = await asyncio.to_thread(post_image, post, self.side) if post.has_image else None
+            return await work(engine, post, image)
         except RowFault as f:
             return Reject(post.post_id, self.stage, f.reason, f.detail, f.raw, f.attempts)
 
-    async def _carefully(self, engine: Engine, chunk: Chunk, posts: list[Post]) -> list[Any]:
+    async def _carefully(self, engine: Engine, work: Work, chunk: Chunk, posts: list[Post]) -> list[Any]:
         """A row at a time, with no other row in the engine. The scene (which row is being asked) is written before each."""
-        scene, record = f"{self.target}/attempts/{self.owner}/{chunk.part}.scene", f"{self.target}/attempts/{self.owner}/{chunk.part}.deaths"
+        scene, record = f"{self.attempts}/{chunk.part}.scene", f"{self.attempts}/{chunk.part}.deaths"
         before = await asyncio.to_thread(self.store.read, record)
         deaths = Counter[str](json.loads(before or b"{}"))
         if (last := await asyncio.to_thread(self.store.read, scene)) is not None:
@@ -266,7 +318,7 @@ class ChunkWorker:
                         results.append(Reject(p.post_id, self.stage, Reason.ENGINE_ERROR, "the engine died each time this row was asked, alone"))
                         continue
                     await asyncio.to_thread(self.store.write, scene, p.post_id.encode())
-                    results.append(await self._row(engine, p))
+                    results.append(await self._row(engine, work, p))
                 await asyncio.to_thread(self.store.delete, scene)
             finally:
                 for _ in range(self.places):
@@ -276,7 +328,7 @@ class ChunkWorker:
     def _begin(self, chunk: Chunk) -> int:
         """The number of this attempt at the chunk, from 1, within this run of the stage."""
         attempt = 1
-        while not self.store.create(f"{self.target}/attempts/{self.owner}/{chunk.part}.{attempt}", b""):
+        while not self.store.create(f"{self.attempts}/{chunk.part}.{attempt}", b""):
             attempt += 1
         return attempt
 

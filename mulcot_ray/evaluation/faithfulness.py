@@ -26,7 +26,7 @@ from PIL import Image
 
 from mulcot_ray.artifacts import Manifest, begin, find, need, read_rows
 from mulcot_ray.engines.base import Engine, EngineSpec, Role, engine_spec
-from mulcot_ray.engines.chunks import Progress, Selection, run_chunks
+from mulcot_ray.engines.chunks import Progress, Selection, run_chunks, source_of, target_of
 from mulcot_ray.engines.work import LabelWork
 from mulcot_ray.errors import ConfigError, InputError
 from mulcot_ray.evaluation.evaluate import load_report
@@ -224,6 +224,9 @@ class Told:
     def tally(self, post: Post, result: Any) -> Iterable[str]:
         return ()
 
+    def plain(self) -> Told:
+        return self
+
 
 def _write_posts(store: Store, name: str, identity: Mapping[str, Any], rows: list[Post]) -> Manifest:
     run = begin(store, "posts", name, identity)
@@ -242,7 +245,7 @@ def _answer(
     if isinstance(run, Manifest):
         return run
     with run:
-        run_chunks(run, posts, Selection(), spec, work, runtime, progress)
+        run_chunks(target_of(run), source_of(posts, None), Selection(), spec, work, runtime, progress)
         return run.commit(posts.rows)
 
 

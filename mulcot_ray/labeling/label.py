@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mulcot_ray.artifacts import Manifest, begin, need
 from mulcot_ray.engines.base import EngineSpec, Role, engine_spec
-from mulcot_ray.engines.chunks import Progress, Selection, run_chunks
+from mulcot_ray.engines.chunks import Progress, Selection, run_chunks, source_of, target_of
 from mulcot_ray.engines.work import LabelWork, Mode
 from mulcot_ray.recipe import Recipe, Runtime
 from mulcot_ray.records import Split
@@ -28,7 +28,7 @@ def label(
         return run, False
     work = LabelWork(recipe.contract, mode, recipe.explain_tokens, recipe.seed, model, spec.temperature)
     with run:
-        tally = run_chunks(run, source, Selection(split), spec, work, runtime, progress)
+        tally = run_chunks(target_of(run), source_of(source, split), Selection(split), spec, work, runtime, progress)
         stats = {
             "labels": {k.removeprefix("labels/"): n for k, n in sorted(tally.items()) if k.startswith("labels/")}, "mode": mode, "model": model, "temperature": spec.temperature,
             "tokens": {"in": tally["tokens_in"], "out": tally["tokens_out"]},

@@ -116,7 +116,7 @@ def duplicates(
     if isinstance(run, Manifest):
         return run, False
     with run:
-        chunks = plan(source, int(run.plan["rows_per_chunk"]))
+        chunks = plan(source.sizes, int(run.plan["rows_per_chunk"]))
         _sign_all(run, source, chunks, exact_only, runtime, progress)
         with tempfile.TemporaryFile() as spool:
             signatures, unreadable = _load(run, chunks, source.rows, spool)

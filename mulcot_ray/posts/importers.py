@@ -12,31 +12,36 @@ Pictures are named here, not opened.
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from mulcot_ray.errors import ConfigError, InputError, RowFault
 from mulcot_ray.posts.fields import Row, as_post_or_reject, as_reject, encodable, named, row_id, shown_as, unique
+from mulcot_ray.posts.inputs import (
+    MAX_LINE,
+    SUFFIXES,
+    buffered,
+    check_columns,
+    compression_of,
+    input_fs,
+    input_info,
+    json_row,
+    lines,
+    open_parquet,
+    parquet_rows,
+)
 from mulcot_ray.prompts import Contract
 from mulcot_ray.records import SECTIONS, Post, Rationale, Reason, Reject, Sentiment, Source
-from mulcot_ray.storage import s3_filesystem
 
 FORMATS = ("tombert", "mulcot-json", "mvsa", "jsonl", "parquet")
-MAX_LINE = 64 << 20  # bytes; a picture of 20 MiB is 27 MiB in base64
 TOMBERT_HEADER = ["index", "#1 Label", "#2 ImageID", "#3 String", "#3 String"]
-SUFFIXES = {
-    "jsonl": tuple(f"{s}{c}" for s in (".jsonl", ".ndjson", ".json") for c in ("", ".gz", ".zst")),
-    "parquet": (".parquet", ".pq"),
-}
 
 
 def read_posts(fmt: str, path: str, *, name: str, images: str | None = None) -> Iterator[Post | Reject]:
@@ -84,7 +89,7 @@ def read_rationales(path: str, *, name: str, contract: Contract, model: str) -> 
 
 def check_images(images: str | None) -> None:
     """Raises InputError when the folder or prefix of the pictures is not there."""
-    if images is not None and _info(images, "--images").type is not pafs.FileType.Directory:
+    if images is not None and input_info(images, "--images").type is not pafs.FileType.Directory:
         raise InputError(f"--images {images} is no folder; the folder or s3:// prefix that holds the pictures is wanted")
 
 
@@ -98,13 +103,13 @@ def input_files(fmt: str, path: str) -> list[tuple[str, pafs.FileInfo]]:
             raise InputError(f"{path}: a local folder with labelResultAll.txt and data/ is wanted")
         wanted = [folder / "labelResultAll.txt", *sorted((folder / "data").glob("*.txt"))]
         return [(f.name, pafs.LocalFileSystem().get_file_info(str(f.absolute()))) for f in wanted]
-    info = _info(path, "input")
+    info = input_info(path, "input")
     if info.type is pafs.FileType.File:
         return [(info.base_name, info)]
     if fmt not in SUFFIXES:
         raise InputError(f"{path} is a folder; the format {fmt} is one file")
     prefix = info.path.rstrip("/") + "/"
-    found = _fs(path).get_file_info(pafs.FileSelector(prefix.rstrip("/"), recursive=True))
+    found = input_fs(path).get_file_info(pafs.FileSelector(prefix.rstrip("/"), recursive=True))
     # Spark and editors leave files such as _SUCCESS and .part.crc beside the data.
     files = [f for f in found if f.type is pafs.FileType.File and f.base_name.endswith(SUFFIXES[fmt]) and not f.base_name.startswith((".", "_"))]
     if not files:
@@ -116,7 +121,7 @@ def input_files(fmt: str, path: str) -> list[tuple[str, pafs.FileInfo]]:
 
 
 def _rows(fmt: str, path: str, name: str) -> Iterator[Row]:
-    files, fs = input_files(fmt, path), _fs(path)
+    files, fs = input_files(fmt, path), input_fs(path)
     if fmt == "mvsa":
         yield from _mvsa(Path(path).expanduser(), name)
     for shown, file in files if fmt != "mvsa" else []:
@@ -233,83 +238,25 @@ def _mvsa_text(data: Path, number: str) -> dict[str, str]:
 
 def _jsonl(fs: pafs.FileSystem, path: str, shown: str) -> Iterator[Row]:
     for i, line in _lines(fs, path, shown):
-        where = f"{shown}:{i}"
-        if isinstance(line, RowFault):
-            yield where, line
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            yield where, RowFault(Reason.BAD_LINE, f"not JSON: {e}", line[:2000])
-            continue
-        yield where, row if isinstance(row, dict) else RowFault(Reason.BAD_LINE, f"a JSON object is wanted, this is {shown_as(row)}")
+        yield f"{shown}:{i}", json_row(line)
 
 
 def _parquet(fs: pafs.FileSystem, path: str, shown: str) -> Iterator[Row]:
     try:
-        with pq.ParquetFile(path, filesystem=fs) as file:
-            if missing := {"id", "text"} - set(file.schema_arrow.names):
-                raise InputError(f"{shown} has no column {' and '.join(sorted(missing))}; there are {', '.join(file.schema_arrow.names)[:300]}")
-            start = 1
-            for batch in file.iter_batches(batch_size=64):  # rows; with pictures inside, some tens of MB
-                for i, row in enumerate(_dicts(batch), start):
-                    yield f"{shown}:{i}", row
-                start += batch.num_rows
+        with open_parquet(fs, path) as file:
+            check_columns(file.schema_arrow.names, shown)
+            groups = list(range(file.metadata.num_row_groups))
+            for i, row in enumerate(parquet_rows(file, groups, batch_rows=64), 1):  # with pictures inside, a batch is some tens of MB
+                yield f"{shown}:{i}", row
     except (pa.ArrowException, OSError) as e:
         raise InputError(f"{shown} cannot be read as Parquet: {e}") from e
-
-
-def _dicts(batch: pa.RecordBatch) -> Iterable[dict[str, Any] | RowFault]:
-    try:
-        return list(batch.to_pylist())
-    except (ValueError, OverflowError) as e:
-        # Arrow does not check that its strings are UTF-8 before they are read: one bad cell fails the batch, so find its row.
-        if batch.num_rows == 1:
-            reason = Reason.BAD_ENCODING if isinstance(e, UnicodeDecodeError) else Reason.BAD_VALUE
-            return [RowFault(reason, f"{type(e).__name__}: {str(e)[:200]}")]
-        return [row for i in range(batch.num_rows) for row in _dicts(batch.slice(i, 1))]
 
 
 def _lines(fs: pafs.FileSystem, path: str, shown: str) -> Iterator[tuple[int, str | RowFault]]:
     """Numbered lines (from 1), without their ends, decompressed by the file's name; blank ones are passed over."""
     try:
-        with io.BufferedReader(fs.open_input_stream(path, compression="detect"), 1 << 20) as f:
-            number = 0
-            # Split at \n alone: str.splitlines would also cut at U+2028 and U+0085, which tweets contain.
-            while raw := f.readline(MAX_LINE):
-                number += 1
-                if len(raw) == MAX_LINE and not raw.endswith(b"\n"):
-                    while (rest := f.readline(1 << 20)) and not rest.endswith(b"\n"):
-                        pass
-                    yield number, RowFault(Reason.BAD_LINE, f"longer than {MAX_LINE} bytes")
-                    continue
-                try:
-                    line = raw.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as e:
-                    yield number, RowFault(Reason.BAD_ENCODING, f"not UTF-8: byte {e.object[e.start]:#04x} at {e.start}")
-                    continue
-                if line.strip():
-                    yield number, line
+        with fs.open_input_stream(path, compression=None) as stream:
+            for number, _, line in lines(buffered(stream, compression_of(path)), limit=MAX_LINE):
+                yield number, line
     except (pa.ArrowException, OSError) as e:
         raise InputError(f"{shown} cannot be read: {e}") from e
-
-
-# --- places --------------------------------------------------------------------------------------------------------------
-
-
-def _fs(path: str) -> pafs.FileSystem:
-    return s3_filesystem() if path.startswith("s3://") else pafs.LocalFileSystem()
-
-
-def _info(path: str, what: str) -> pafs.FileInfo:
-    """What is at the path. Raises InputError when that is nothing."""
-    if "://" in path and not path.startswith("s3://"):
-        raise InputError(f"{what} {path}: a local path or s3://bucket/key is wanted; web addresses are not fetched")
-    at = path.removeprefix("s3://").rstrip("/") if path.startswith("s3://") else str(Path(path).expanduser().absolute())
-    try:
-        info = _fs(path).get_file_info(at)
-    except (pa.ArrowException, OSError) as e:
-        raise InputError(f"{what} {path} cannot be read: {e}") from e
-    if info.type is pafs.FileType.NotFound:
-        raise InputError(f"{what} {path} does not exist")
-    return info

@@ -20,7 +20,7 @@ from PIL import Image
 from mulcot_ray.artifacts import Manifest, Run, begin
 from mulcot_ray.engines.ask import Asked, ask, sampling
 from mulcot_ray.engines.base import Engine, EngineSpec
-from mulcot_ray.engines.chunks import Chunk, Progress, Selection, commit_part, read_tallies, run_chunks
+from mulcot_ray.engines.chunks import Chunk, Progress, Selection, commit_part, read_commits, run_chunks, source_of, target_of
 from mulcot_ray.errors import ConfigError, InputError, RowFault
 from mulcot_ray.prompts import Contract
 from mulcot_ray.recipe import Recipe, Runtime
@@ -95,6 +95,10 @@ class RationaleWork:
                 return RowFault(Reason.LABEL_LEAKED, f"an explanation may not say {found[0]!r}", raw)
         return None
 
+    def plain(self) -> RationaleWork:
+        """A rationale is all there is: nothing can be left out."""
+        return self
+
     def tally(self, post: Post, result: Rationale | Reject) -> Iterator[str]:
         if post.label is not None:
             yield f"gold/{post.label}"
@@ -123,7 +127,7 @@ def write_rationales(
     if isinstance(run, Manifest):
         return run, False
     with run:
-        tally = run_chunks(run, posts, chosen, engine, work, runtime, progress)
+        tally = run_chunks(target_of(run), source_of(posts, chosen.split), chosen, engine, work, runtime, progress)
         if chosen.apart is not None:
             tally += _copies(run, chosen, work)
         stats = _nested(tally)
@@ -155,7 +159,7 @@ def _copies(run: Run, chosen: Selection, work: RationaleWork) -> Counter[str]:
             table = pq.read_table(run.store.path(f"duplicates/{chosen.apart.name}/{file}"), filesystem=run.store.fs)
             rows = [r for r in table.to_pylist() if r["label"] == r["rep_label"] and chosen.split in (None, r["split"])]
             _copy(run, part, rows, work, there)
-    return sum(read_tallies(run.store, parts), Counter[str]())
+    return sum((c.tally for c in read_commits(run.store, parts)), Counter[str]())
 
 
 def _copy(run: Run, part: str, rows: list[dict[str, Any]], work: RationaleWork, there: Collection[str]) -> None:
@@ -170,8 +174,9 @@ def _copy(run: Run, part: str, rows: list[dict[str, Any]], work: RationaleWork, 
     tally = Counter[str](rows_in=len(rows), copied=len(rows))
     for chunk, members in by_chunk.items():
         found: dict[str, Any] = {}
-        for key, kind in ((f"rejects/{chunk}.parquet", Reject), (f"{chunk}.parquet", Rationale)):
-            if key in there:
+        rejects = read_commits(run.store, [f"{run.prefix}/{chunk}.parquet"])[0].rejects
+        for key, kind in ((f"rejects/{rejects}", Reject), (f"{chunk}.parquet", Rationale)):
+            if rejects or kind is Rationale:
                 table = pq.read_table(run.store.path(f"{run.prefix}/{key}"), filesystem=run.store.fs)
                 found |= {r["post_id"]: from_row(kind, r) for r in table.to_pylist()}  # type: ignore[type-var]
         for r in members:

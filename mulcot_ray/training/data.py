@@ -1,12 +1,18 @@
-"""Training rows: which post goes with which rationale, in an order that depends on the seed alone.
+"""Training rows: which post goes with which rationale, and in which order, which depends on the seed alone.
 
-The index (four integers a row) is held in memory, the rows are not: a worker reads the parts that it needs and keeps a few.
-Order: one permutation of all rows per epoch, cut into global batches; worker r of w takes the r-th slice of each batch. So the
-batches are the same whatever the number of workers, and a run resumes at any step.
+The index is held in memory (five integers a row), the rows are not: readers keep what they decoded last, CACHE_BYTES of it. Every
+epoch has one permutation of all rows, and the epochs' rows, one after the other, are cut into global batches; worker r of w takes the
+r-th slice of each. So the batches are the same whatever the number of workers, and a run goes on at any step.
+
+Parquet is read by row groups (1,024 rows), not by rows. Where the groups of a corpus do not fit into WINDOW_BYTES, the permutation is of windows:
+the groups are shuffled, as many as fit make a window, and rows are shuffled within it. Each group is then read about once an epoch by each
+reader, instead of once for almost every row. Real tweets (85 kB a picture) fill a window with 3,000 rows; the sample corpus is one window.
 """
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,49 +27,77 @@ from mulcot_ray.errors import TrainingError
 from mulcot_ray.records import Post, Rationale, Split, from_row
 from mulcot_ray.storage import Store
 
-OPEN_PARTS = 16
+CACHE_BYTES = 512 << 20  # of decoded row groups in one process; one group is kept even if it is larger
+WINDOW_BYTES = 256 << 20  # of posts, as Parquet says it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Index:
-    """Rows of a split: `rows` int32 [n, 4] = post file, post row, rationale file (-1: none), rationale row. Pickles."""
+    """Rows of a split: `rows` int32 [n, 5] = post file, post row, rationale file (-1: none), rationale row, post row group. Pickles.
+
+    `starts[f]` are the first rows of the row groups of file f; `sizes` int64 [groups], bytes by the numbers in the last column of `rows`.
+    """
 
     store: Store
     files: tuple[str, ...]
+    starts: tuple[tuple[int, ...], ...]
     rows: np.ndarray
+    sizes: np.ndarray
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def fetch(self, i: int) -> tuple[Post, Rationale | None]:
-        pf, pr, rf, rr = (int(x) for x in self.rows[i])
-        post = from_row(Post, _part(self.store, self.files[pf]).slice(pr, 1).to_pylist()[0])
-        return post, None if rf < 0 else from_row(Rationale, _part(self.store, self.files[rf]).slice(rr, 1).to_pylist()[0])
+        pf, pr, rf, rr, _ = (int(x) for x in self.rows[i])
+        return from_row(Post, self._row(pf, pr)), None if rf < 0 else from_row(Rationale, self._row(rf, rr))
+
+    def _row(self, file: int, row: int) -> dict[str, Any]:
+        group = int(np.searchsorted(self.starts[file], row, "right")) - 1
+        table = GROUPS.get(self.store, self.files[file], group)
+        found: dict[str, Any] = table.slice(row - self.starts[file][group], 1).to_pylist()[0]
+        return found
 
 
 def index(store: Store, posts: Manifest, split: Split, rationales: list[Manifest] | None) -> Index:
-    """Labelled posts of a split; with `rationales`, one row for each of their rows (a post may have one of each kind)."""
+    """Labelled posts of a split; with `rationales`, one row for each of their rows (a post may have one of each kind).
+
+    Holds the ids of the split's posts in memory while it is made, some 150 bytes a post.
+    """
     files: list[str] = []
-    where: dict[str, tuple[int, int]] = {}
+    starts: list[tuple[int, ...]] = []
+    sizes: list[int] = []
+    where: dict[str, tuple[int, int, int]] = {}
     for path in _parts(posts):
-        table = pq.read_table(store.path(path), columns=["post_id", "split", "label"], filesystem=store.fs)
+        with pq.ParquetFile(store.path(path), filesystem=store.fs) as f:
+            first = _starts(f)
+            table = f.read(columns=["post_id", "split", "label"])
+            groups = [len(sizes) + int(g) for g in np.searchsorted(first, np.arange(len(table)), "right") - 1]
+            sizes += [f.metadata.row_group(g).total_byte_size for g in range(f.metadata.num_row_groups)]
         for row, (pid, s, y) in enumerate(zip(*(table[c].to_pylist() for c in ("post_id", "split", "label")), strict=True)):
             if s == split and y is not None:
-                where[pid] = (len(files), row)
+                where[pid] = (len(files), row, groups[row])
         files.append(path)
+        starts.append(first)
+    rows: list[tuple[int, ...]] = []
     if rationales is None:
-        rows = [(*at, -1, -1) for at in where.values()]
-    else:
-        rows = []
-        for m in rationales:
-            for path in _parts(m):
-                ids = pq.read_table(store.path(path), columns=["post_id"], filesystem=store.fs)["post_id"].to_pylist()
-                rows += [(*where[pid], len(files), row) for row, pid in enumerate(ids) if pid in where]
-                files.append(path)
+        rows = [(file, row, -1, -1, group) for file, row, group in where.values()]
+    for m in rationales or ():
+        for path in _parts(m):
+            with pq.ParquetFile(store.path(path), filesystem=store.fs) as f:
+                starts.append(_starts(f))
+                ids = f.read(columns=["post_id"])["post_id"].to_pylist()
+            for row, pid in enumerate(ids):
+                if pid in where:
+                    file, at, group = where[pid]
+                    rows.append((file, at, len(files), row, group))
+            files.append(path)
     if not rows:
         what = f" with a rationale in {', '.join(m.name for m in rationales)}" if rationales else ""
         raise TrainingError(f"posts {posts.name!r} has no labelled post of split {split}{what}")
-    return Index(store, tuple(files), np.array(rows, np.int32))
+    return Index(store, tuple(files), tuple(starts), np.array(rows, np.int32), np.array(sizes, np.int64))
+
+
+# --- the order -------------------------------------------------------------------------------------------------------
 
 
 def steps(rows: int, epochs: int, global_batch: int) -> int:
@@ -71,33 +105,83 @@ def steps(rows: int, epochs: int, global_batch: int) -> int:
     return rows * epochs // global_batch
 
 
-def batches(rows: int, epochs: int, global_batch: int, seed: int, rank: int, world: int, start: int) -> Iterator[np.ndarray]:
-    """Row numbers of this worker's slice of each global batch, from step `start` on. `global_batch` divides by `world`."""
+@dataclass(frozen=True)
+class Order:
+    """What decides the batches. `side`: pixels of a prepared picture."""
+
+    index: Index
+    epochs: int
+    global_batch: int
+    seed: int
+    side: int
+
+    @property
+    def total(self) -> int:
+        """Optimizer steps of the whole run."""
+        return steps(len(self.index), self.epochs, self.global_batch)
+
+
+def batch(ix: Index, step: int, global_batch: int, seed: int, rank: int, world: int) -> np.ndarray:
+    """Row numbers of a worker's slice of the global batch of a step (from 0). `global_batch` divides by `world`."""
     local = global_batch // world
-    for step in range(start, steps(rows, epochs, global_batch)):
-        at = np.arange(local) + step * global_batch + rank * local
-        yield np.array([_permutation(rows, seed, int(p) // rows)[int(p) % rows] for p in at])
+    at = np.arange(local) + step * global_batch + rank * local
+    return np.array([permutation(ix, seed, int(p) // len(ix))[int(p) % len(ix)] for p in at])
 
 
-@lru_cache(maxsize=2)
-def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(rows)
-
-
-@lru_cache(maxsize=OPEN_PARTS)
-def _read_part(root: str, path: str) -> pa.Table:
-    store = Store(root)
-    return pq.read_table(store.path(path), filesystem=store.fs)
-
-
-def _part(store: Store, path: str) -> pa.Table:
-    return _read_part(store.root if store.is_s3 else store.base, path)
-
-
-def _parts(m: Manifest) -> list[str]:
-    return [f"{m.kind}/{m.name}/{f}" for f in m.parts()]
+@lru_cache(maxsize=4)
+def permutation(ix: Index, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch's rows: of all of them, or window by window (see the module's docstring)."""
+    rng = np.random.default_rng((seed, epoch))
+    group = ix.rows[:, 4]
+    used = np.unique(group)
+    if ix.sizes[used].sum() <= WINDOW_BYTES:
+        return rng.permutation(len(ix))
+    place = np.empty(len(ix.sizes), np.int64)  # group -> its window
+    window, filled = 0, 0
+    for g in rng.permutation(used):
+        if filled and filled + ix.sizes[g] > WINDOW_BYTES:
+            window, filled = window + 1, 0
+        place[g] = window
+        filled += ix.sizes[g]
+    return np.lexsort((rng.random(len(ix)), place[group]))
 
 
 def row_key(**values: Any) -> int:
     """A seed from named integers, stable between processes."""
     return int(np.random.SeedSequence([int(v) for v in values.values()]).generate_state(1)[0])
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _Groups:
+    """Row groups that were read last, up to a number of bytes. One for a process; its threads may share it."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+        self.tables: OrderedDict[tuple[str, str, int], pa.Table] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def get(self, store: Store, path: str, group: int) -> pa.Table:
+        key = (store.base, path, group)
+        with self.lock:
+            if key not in self.tables:
+                with pq.ParquetFile(store.path(path), filesystem=store.fs) as f:
+                    self.tables[key] = f.read_row_group(group)
+                self.held += self.tables[key].nbytes
+                while self.held > self.limit and len(self.tables) > 1:
+                    self.held -= self.tables.popitem(last=False)[1].nbytes
+            self.tables.move_to_end(key)
+            return self.tables[key]
+
+
+GROUPS = _Groups(CACHE_BYTES)
+
+
+def _starts(f: pq.ParquetFile) -> tuple[int, ...]:
+    rows = [f.metadata.row_group(g).num_rows for g in range(f.metadata.num_row_groups)]
+    return tuple(int(x) for x in np.cumsum([0, *rows[:-1]]))
+
+
+def _parts(m: Manifest) -> Iterator[str]:
+    return (f"{m.kind}/{m.name}/{f}" for f in m.parts())

@@ -1,4 +1,4 @@
-"""From a post and the answer it should get to token ids and labels, and from several of those to one padded batch.
+"""From a post and the answer it should get to token ids and labels, and from several of those to one padded batch of rows.
 
 Labels are set by length, never by looking for pad ids: everything up to the answer is ignored, the answer and the end-of-turn
 token after it are supervised. Image tokens are never cut; a row that does not fit is a fault, not a shorter row.
@@ -6,6 +6,7 @@ token after it are supervised. Image tokens are never cut; a row that does not f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from PIL import Image
 
 from mulcot_ray.errors import RowFault
+from mulcot_ray.posts.images import post_image
 from mulcot_ray.prompts import Contract, render_chat
-from mulcot_ray.records import Post, Reason, Sentiment, Task
+from mulcot_ray.records import Post, Rationale, Reason, Sentiment, Task
 
 IGNORE = -100
 IMAGE_TOKEN = "<|image_pad|>"
@@ -46,13 +48,19 @@ def encode_picture(processor: Any, image: Image.Image) -> Picture:
     return Picture(np.asarray(out["pixel_values"], np.float32), np.asarray(out["image_grid_thw"], np.int64))
 
 
+def prompt_ids(processor: Any, messages: list[dict[str, Any]], picture: Picture | None) -> list[int]:
+    """Token ids of a prompt, up to where the answer begins."""
+    prompt = render_chat(processor.tokenizer, messages)
+    if picture is not None:
+        prompt = prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * picture.tokens(processor.image_processor.merge_size))
+    ids: list[int] = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return ids
+
+
 def encode(processor: Any, messages: list[dict[str, Any]], answer: str, picture: Picture | None, max_len: int) -> Example:
     """One supervised example. Raises RowFault PROMPT_TOO_LONG when prompt and answer exceed `max_len` tokens."""
     tok = processor.tokenizer
-    prompt = render_chat(tok, messages)
-    if picture is not None:
-        prompt = prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * picture.tokens(processor.image_processor.merge_size))
-    head = tok(prompt, add_special_tokens=False)["input_ids"]
+    head = prompt_ids(processor, messages, picture)
     tail = [*tok(answer, add_special_tokens=False)["input_ids"], tok.eos_token_id]
     if len(head) + len(tail) > max_len:
         raise RowFault(Reason.PROMPT_TOO_LONG, f"{len(head)} + {len(tail)} tokens, at most {max_len}")
@@ -85,3 +93,44 @@ def supervised(
     """The example of one task for one post (the explain prompt is given the label, the others are not)."""
     messages = contract.messages(task, post, label if task is Task.EXPLAIN else None)
     return encode(processor, messages, answer, picture, max_len)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What turns posts into examples. `processor` is the model's; `max_len` in tokens, prompt and answer together."""
+
+    processor: Any
+    contract: Contract
+    max_len: int
+
+    def picture(self, post: Post) -> Picture | None:
+        """Raises RowFault."""
+        image = post_image(post, self.contract.image.side)
+        return None if image is None else encode_picture(self.processor, image)
+
+    def tasks(self, tasks: Sequence[Task], post: Post, rationale: Rationale | None, picture: Picture | None) -> dict[Task, Example]:
+        """The example of each task, around one and the same picture. Raises RowFault."""
+        gold = gold_label(post)
+        answers = {t: self.contract.answer(t, gold, rationale if t is Task.REASONING else None) for t in tasks}
+        return {t: supervised(self.processor, self.contract, t, post, gold, a, picture, self.max_len) for t, a in answers.items()}
+
+    def classification(self, post: Post) -> Example:
+        """The classification example of a post that cannot be left out: where text and picture do not fit, it goes without them."""
+        try:
+            return self.tasks((Task.CLASSIFICATION,), post, None, self.picture(post))[Task.CLASSIFICATION]
+        except RowFault:
+            bare = Post(post.post_id, post.source_id, "-", post.aspect, label=post.label)
+            return self.tasks((Task.CLASSIFICATION,), bare, None, None)[Task.CLASSIFICATION]
+
+    def blank(self) -> Example:
+        """A white picture and nothing to learn: takes part in every collective, and in no loss."""
+        side = self.contract.image.side
+        post = Post("-", "-", "-", image_bytes=b"-", label=Sentiment.NEUTRAL)
+        picture = encode_picture(self.processor, Image.new("RGB", (side, side), "white"))
+        e = self.tasks((Task.CLASSIFICATION,), post, None, picture)[Task.CLASSIFICATION]
+        return Example(e.ids, np.full_like(e.labels, IGNORE), e.picture)
+
+
+def gold_label(post: Post) -> Sentiment:
+    assert post.label is not None, "the index holds labelled posts only"
+    return post.label

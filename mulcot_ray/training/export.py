@@ -1,57 +1,85 @@
-"""From a sharded checkpoint to a model folder that transformers and vLLM both load: merged safetensors, processor, contract, card."""
+"""From a sharded checkpoint to a model folder that transformers and vLLM both load, once they agree about it.
+
+The folder has the merged model as safetensors and, of LoRA, the adapter too; processor, contract, card, temperature; and how it came about:
+history.json (curves for reports), history/metrics.parquet (every step), tensorboard/.
+"""
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 from mulcot_ray import calibration
-from mulcot_ray.prompts import Contract
-from mulcot_ray.recipe import Train
-from mulcot_ray.storage import Store
-from mulcot_ray.training.model import build, load_processor, trainable
+from mulcot_ray.engines.base import EngineSpec
+from mulcot_ray.engines.parity import compare
+from mulcot_ray.errors import RowFault
+from mulcot_ray.records import Post, Task
+from mulcot_ray.training.checkpoints import State, load_weights, read_state
+from mulcot_ray.training.examples import Encoder
+from mulcot_ray.training.loop import Job
+from mulcot_ray.training.metrics import curve, to_parquet
+from mulcot_ray.training.model import build, load_processor
 
 
-def export(
-    checkpoint: str,
-    base: str,
-    settings: Train,
-    contract: Contract,
-    store: Store,
-    prefix: str,
-    card: str,
-    history: dict[str, Any],
-    temperature: float | None = None,
-) -> dict[str, int]:
-    """Write the folder under the store; returns file sizes in bytes. Runs as a Ray task, in one plain process."""
-    model = build(base, settings, contract)
-    content = {"model": trainable(model)}  # tensors of the model itself: loading fills them in place
-    dcp.load(content, checkpoint_id=Path(checkpoint) / "shards", no_dist=True)
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        if settings.lora is not None:
-            model.save_pretrained(out / "adapter")
-            model = model.merge_and_unload()
-        # bfloat16 on disk where the base is 16 bit: what vLLM serves, and half the size
-        stored = _stored_dtype(base)
-        model.to(stored).save_pretrained(out)
-        load_processor(base).save_pretrained(out)
-        (out / "contract.json").write_text(contract.model_dump_json(indent=1))
-        (out / "history.json").write_text(json.dumps(history))
-        (out / "README.md").write_text(card)
-        if temperature is not None:
-            (out / calibration.FILE).write_text(json.dumps({"temperature": temperature}))
-        sizes = {}
+def export(best: Any, last: Any, job: Job, metrics: dict[str, Any], prefix: str, card: str, spec: EngineSpec | None, posts: int) -> dict[str, Any]:
+    """Write the folder under the store's `prefix`; returns what belongs into the manifest's stats. Runs as a Ray task, in one plain process.
+
+    best, last: Ray Train's checkpoints; the weights come from the one, the history from the other. `spec` None: no parity check; else
+    `posts` posts have to get the same labels and probabilities from transformers and vLLM, or EngineError is raised and nothing is written.
+    """
+    with last.as_directory() as folder:
+        state = read_state(Path(folder))
+    with tempfile.TemporaryDirectory() as draft:
+        out = Path(draft)
+        with best.as_directory() as folder:
+            _write_model(out, Path(folder), job)
+        (out / "contract.json").write_text(job.contract.model_dump_json(indent=1))
+        if "temperature" in metrics:
+            (out / calibration.FILE).write_text(json.dumps({"temperature": metrics["temperature"]}))
+        parity = None if spec is None else compare(replace(spec, model=str(out)), list(islice(_usable(job), posts)))
+        _write_history(out, state, metrics)
+        (out / "README.md").write_text(card + f"- transformers and vLLM: {parity or 'not compared'}\n")
         for f in sorted(p for p in out.rglob("*") if p.is_file()):
-            name = str(f.relative_to(out))
-            store.write(f"{prefix}/{name}", f.read_bytes())
-            sizes[name] = f.stat().st_size
-        return sizes
+            job.store.write(f"{prefix}/{f.relative_to(out)}", f.read_bytes())
+    return {"skipped": state.skipped} | ({"parity": parity} if parity else {})
+
+
+def _write_model(out: Path, checkpoint: Path, job: Job) -> None:
+    model = build(job.base, job.settings, job.contract)
+    load_weights(checkpoint, model)
+    if job.settings.lora is not None:
+        model.save_pretrained(out / "adapter")
+        model = model.merge_and_unload()
+    # bfloat16 on disk where the base is 16 bit: what vLLM serves, and half the size
+    model.to(_stored_dtype(job.base)).save_pretrained(out, max_shard_size="4GB")  # S3 takes 5 GB in one request
+    load_processor(job.base).save_pretrained(out)
+
+
+def _write_history(out: Path, state: State, metrics: dict[str, Any]) -> None:
+    history = {"steps": curve(state.rows), "validation": state.validation, "best": metrics, "skipped": state.skipped}
+    (out / "history.json").write_text(json.dumps(history))
+    (out / "history").mkdir()
+    (out / "history" / "metrics.parquet").write_bytes(to_parquet(state.rows))
+
+
+def _usable(job: Job) -> Iterator[Post]:
+    """Validation posts that both sides can read; of the training ones where there is no validation split."""
+    index = job.validation or job.order.index
+    encoder = Encoder(load_processor(job.base), job.contract, job.max_model_len)
+    for i in range(len(index)):
+        post, _ = index.fetch(i)
+        try:
+            encoder.tasks((Task.CLASSIFICATION,), post, None, encoder.picture(post))
+        except RowFault:
+            continue
+        yield post
 
 
 def _stored_dtype(base: str) -> torch.dtype:

@@ -3,89 +3,101 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-import tempfile
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from PIL import Image
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from mulcot_ray import calibration
-from mulcot_ray.errors import RowFault, TrainingError
-from mulcot_ray.posts.images import post_image
-from mulcot_ray.prompts import Contract, label_token_ids
+from mulcot_ray.artifacts import Manifest
+from mulcot_ray.errors import TrainingError
+from mulcot_ray.prompts import Contract
 from mulcot_ray.recipe import Distill, Train
-from mulcot_ray.records import LABELS, Post, Rationale, Sentiment, Task
-from mulcot_ray.training.data import Index, batches, row_key, steps
-from mulcot_ray.training.examples import IGNORE, Example, Picture, collate, encode_picture, supervised
-from mulcot_ray.training.losses import AnswerLogits, TaskLoss, core
-from mulcot_ray.training.model import build, check_vocabularies, load, load_processor, shard, trainable
+from mulcot_ray.records import Task
+from mulcot_ray.storage import Store
+from mulcot_ray.training import checkpoints
+from mulcot_ray.training.checkpoints import Drafts, State
+from mulcot_ray.training.collate import Collate, Slice
+from mulcot_ray.training.data import Index, Order, row_key
+from mulcot_ray.training.examples import Encoder
+from mulcot_ray.training.joint import Joint, TaskLosses
+from mulcot_ray.training.metrics import EVENTS, EventFile, cost
+from mulcot_ray.training.model import build, check_alike, check_vocabularies, load, load_processor, prepare, shard
+from mulcot_ray.training.packing import Packer
+from mulcot_ray.training.validation import Validation
+
+AHEAD = 2  # steps whose tensors are made ahead
+LIVE_SECONDS = 60.0  # between copies of the TensorBoard file to the store
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs. `assistant` is a folder (soft labels) or None."""
+    """All that a worker needs. `assistant` is a folder (soft labels online), `soft` a finished table of them; both None: hard labels alone."""
 
+    work: str  # a name for this run's temporary files
     base: str
     assistant: str | None
+    soft: Manifest | None
     settings: Train
     distill: Distill
     contract: Contract
     tasks: tuple[Task, ...]
-    train: Index
+    order: Order
     validation: Index | None
-    seed: int
     dtype: str
     max_model_len: int
     device: str
     micro_batch: int
+    packed: bool
+    loss_chunk: int
+    checkpoint_steps: int | None
     checkpointing: bool
+    compiled: bool
     reshard: bool
+    peak_flops: float | None  # of one device, for the MFU
+    store: Store
+    live: str  # folder of the TensorBoard file, as a key of the store
     board: Any = None  # a progress actor, or None
 
 
-@dataclass
-class State:
-    """Where a run is; saved with each checkpoint."""
-
-    step: int = 0
-    epoch: int = 0
-    best: tuple[float, float] = (-1.0, -1.0)
-    skipped: int = 0
-    scheduler: dict[str, Any] = field(default_factory=dict)
-    steps: list[dict[str, float]] = field(default_factory=list)
-    validation: list[dict[str, float]] = field(default_factory=list)
-
-
 def worker(job: Job) -> None:
-    """Train, validate and checkpoint at each epoch's end, resume from the last checkpoint where there is one."""
+    """Train from the last checkpoint on, where there is one; validate at each epoch's end; checkpoint then, and in between as the job says."""
     import ray.train
+    from ray.train import Checkpoint, CheckpointUploadMode
 
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     if job.device == "cpu":
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    drafts = Drafts(job.work, rank)
     trainer = Trainer(job, rank, world)
-    if (checkpoint := ray.train.get_checkpoint()) is not None:
-        with checkpoint.as_directory() as folder:
+    if (last := ray.train.get_checkpoint()) is not None:
+        with last.as_directory() as folder:
             trainer.restore(Path(folder))
-    for metrics in trainer.run():
-        with tempfile.TemporaryDirectory() as folder:
-            trainer.save(Path(folder))
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=f"epoch-{trainer.state.epoch:04d}")
+    trainer.watch(drafts.root / EVENTS)
+    if trainer.state.step == job.order.total:
+        return
+    rows = ray.train.get_dataset_shard("train").iter_torch_batches(
+        batch_size=job.settings.global_batch // world, prefetch_batches=AHEAD, collate_fn=trainer.collate, device="cpu"
+    )
+    for metrics in trainer.run(rows):
+        folder = drafts.new(trainer.state.step)
+        trainer.save(folder)
+        ray.train.report(
+            metrics,
+            checkpoint=Checkpoint.from_directory(folder),
+            checkpoint_dir_name=f"step-{trainer.state.step:07d}",
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        )
 
 
 class Trainer:
-    """Model, optimizer and state of one worker; knows nothing of Ray."""
+    """Model, optimizer and state of one worker."""
 
     def __init__(self, job: Job, rank: int, world: int) -> None:
         s = job.settings
@@ -93,198 +105,167 @@ class Trainer:
             raise TrainingError(f"global_batch {s.global_batch} does not divide by {world} workers")
         self.job, self.rank, self.world, self.state = job, rank, world, State()
         self.device = torch.device("cuda", torch.cuda.current_device()) if job.device == "cuda" else torch.device("cpu")
-        torch.manual_seed(job.seed)  # the same adapters on every worker
-        self.processor = load_processor(job.base)
-        model = build(job.base, s, job.contract)
-        if job.checkpointing:
-            core(model).gradient_checkpointing_enable()  # type: ignore[operator]
-        self.image_token = core(model).config.image_token_id  # type: ignore[union-attr]
-        self.label_ids = label_token_ids(self.processor.tokenizer, job.contract)
-        self.loss = TaskLoss(model.to(self.device), job.distill.temperature).train()
-        shard(self.loss, job.device, job.dtype, job.reshard)
-        self.soft: AnswerLogits | None = None
+        torch.manual_seed(job.order.seed)  # the same adapters on every worker
+        frozen = torch.bfloat16 if job.dtype == "bfloat16" else torch.float32
+        processor, packer = load_processor(job.base), Packer(job.base)
+        encoder = Encoder(processor, job.contract, job.max_model_len)
+        self.model = build(job.base, s, job.contract, frozen)
+        self.cost = cost(self.model, frozen=False)
+        assistant, shared, soft = None, None, None
         if job.assistant is not None:
-            check_vocabularies(self.processor.tokenizer, load_processor(job.assistant).tokenizer)
-            # eval(): the authors' assistant keeps its dropout on, and the soft labels their noise
-            self.soft = AnswerLogits(load(job.assistant).to(self.device)).eval().requires_grad_(False)
-            shard(self.soft, job.device, job.dtype, job.reshard)
-        self.parameters = [p for p in self.loss.parameters() if p.requires_grad]
+            check_alike(job.base, job.assistant)
+            shared = check_vocabularies(processor.tokenizer, load_processor(job.assistant).tokenizer)
+            assistant = load(job.assistant, frozen)
+            self.cost += cost(assistant, frozen=True)
+        elif job.soft is not None:
+            from mulcot_ray.training.soft_labels import SoftLabels
+
+            soft = SoftLabels(job.store, job.soft, job.distill)
+            shared = soft.shared
+        self.collate = Collate(encoder, packer, job.tasks, job.micro_batch, job.packed, soft)
+        self.validation: Validation | None = None
+        if job.validation is not None:
+            self.validation = Validation(job.validation, encoder, packer, rank, world, job.micro_batch, self.device)
+        models = [m for m in (self.model, assistant) if m is not None]
+        for m in models:
+            prepare(m, checkpointing=job.checkpointing and m is self.model, compiled=job.compiled)
+        self.root = Joint(self.model, assistant, job.distill, shared, job.loss_chunk).to(self.device)
+        shard(self.root, models, job.device, job.dtype, job.reshard)
+        self.parameters = [p for p in self.root.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=s.lr, betas=(0.9, s.beta2), weight_decay=s.weight_decay)
-        self.blank = self._blank()
-        self.total = steps(len(job.train), s.epochs, s.global_batch)
-        if self.total == 0:
-            raise TrainingError(f"{len(job.train)} rows × {s.epochs} epochs do not fill one batch of {s.global_batch}")
-        self.scheduler = _scheduler(self.optimizer, s, self.total)
+        self.scheduler = _scheduler(self.optimizer, s, job.order.total)
+        self.events: EventFile | None = None
+        self.published = time.time()
 
     # --- one run -----------------------------------------------------------------------------------------------------
 
-    def run(self) -> Any:
-        """Yield the metrics at the end of every epoch; the caller checkpoints."""
-        job, s = self.job, self.job.settings
-        for rows in batches(len(job.train), s.epochs, s.global_batch, job.seed, self.rank, self.world, self.state.step):
-            torch.manual_seed(row_key(seed=job.seed, step=self.state.step, rank=self.rank))  # dropout agrees after a resume
-            losses = self.step(rows)
-            self.state.step += 1
-            self.state.steps.append({"step": self.state.step, **losses})
-            if not math.isfinite(losses["loss"]):
-                raise TrainingError(f"the loss is {losses['loss']} at step {self.state.step}: lower lr (now {s.lr})")
-            self._tell(losses)
-            if (self.state.step * s.global_batch) // len(job.train) > self.state.epoch or self.state.step == self.total:
-                self.state.epoch += 1
+    def run(self, slices: Iterable[Slice]) -> Iterator[dict[str, Any]]:
+        """Train on this worker's slices of the steps to come. Yields metrics whenever the caller is to make a checkpoint."""
+        job, s, state = self.job, self.job.settings, self.state
+        at = time.perf_counter()
+        for piece in slices:
+            if piece.step != state.step:
+                raise TrainingError(f"the data goes on with step {piece.step}, the checkpoint with {state.step}: start the command again")
+            waited = time.perf_counter() - at
+            torch.manual_seed(row_key(seed=job.order.seed, step=state.step, rank=self.rank))  # dropout agrees after a resume
+            found = self.step(piece)
+            seconds = time.perf_counter() - at
+            at = time.perf_counter()
+            state.step += 1
+            self._note(found, seconds, waited)
+            if not math.isfinite(found["loss"]):
+                raise TrainingError(f"the loss is {found['loss']} at step {state.step}: lower lr (now {s.lr})")
+            epoch = s.epochs if state.step == job.order.total else state.step * s.global_batch // len(job.order.index)
+            if epoch > state.epoch:
+                state.epoch = epoch
                 yield self._end_epoch()
+            elif job.checkpoint_steps and state.step % job.checkpoint_steps == 0:
+                yield {"step": state.step, "epoch": state.epoch}
 
-    def step(self, rows: np.ndarray) -> dict[str, float]:
-        """One optimizer step over this worker's rows; the losses are means over the answer tokens of the global batch."""
-        micro = [self._examples(rows[i : i + self.job.micro_batch]) for i in range(0, len(rows), self.job.micro_batch)]
-        lam = self.job.distill.lam if self.soft is not None else 0.0
-        counts = torch.tensor(
-            [[float(sum((e.labels[1:] != IGNORE).sum() for e in m[t])) for t in self.job.tasks] for m in micro], device=self.device
-        ).sum(0)
-        dist.all_reduce(counts)
-        sums = torch.zeros(len(self.job.tasks), 2, device=self.device)
-        for i, m in enumerate(micro):
-            for j, task in enumerate(self.job.tasks):
-                last = i == len(micro) - 1 and j == len(self.job.tasks) - 1
-                self.loss.set_requires_gradient_sync(last)  # type: ignore[operator]
-                self.loss.set_reshard_after_backward(last or self.job.reshard)  # type: ignore[operator]
-                batch = self._batch(m[task])
-                soft = self.soft(batch) if self.soft is not None else None
-                hard, kl = self.loss(batch, soft)
-                # FSDP averages gradients over workers; the mean wanted is over the tokens of all of them.
-                (((1 - lam) * hard + lam * kl) * self.world / counts[j].clamp(min=1)).backward()
-                sums[j] += torch.stack([hard.detach(), kl.detach()])
+    def step(self, piece: Slice) -> dict[str, float]:
+        """One optimizer step. Losses are means over the answer tokens of the global batch, task by task, whoever has how many of them."""
+        tasks, first_epoch = self.job.tasks, self.state.step * self.job.settings.global_batch < len(self.job.order.index)
+        mine = [[*m.answers, m.tokens, self.cost.of(m.tokens, m.patches, sum(m.answers))] for m in piece.micro]
+        sums = torch.tensor([*(sum(column) for column in zip(*mine, strict=True)), piece.posts, piece.skipped], dtype=torch.float64)
+        sums = sums.to(self.device)
+        dist.all_reduce(sums)
+        *answers, tokens, flops, posts, skipped = sums.tolist()
+        self.state.skipped += int(skipped) * first_epoch
+        # FSDP averages gradients over workers; the mean wanted is over the tokens of all of them.
+        scales = [self.world / max(n, 1.0) for n in answers]
+        parts = torch.zeros(len(tasks), 3, device=self.device, dtype=torch.float64)
+        for i, micro in enumerate(piece.micro):
+            last = i == len(piece.micro) - 1
+            self.root.set_requires_gradient_sync(last)  # type: ignore[operator]
+            self.root.set_reshard_after_backward(last or self.job.reshard)  # type: ignore[operator]
+            here = micro.to(self.device)
+            losses = self.root(here.batch, scales, here.soft)
+            assert isinstance(losses, TaskLosses)
+            losses.total.backward()
+            parts += losses.parts
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.job.settings.clip)
+        lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.optimizer.zero_grad()
         if isinstance(self.scheduler, torch.optim.lr_scheduler.LambdaLR):
             self.scheduler.step()
-        dist.all_reduce(sums)
-        means = (sums / counts.clamp(min=1)[:, None]).tolist()
-        out = {"loss": sum((1 - lam) * ce + lam * kl for ce, kl in means), "lr": self.optimizer.param_groups[0]["lr"]}
-        for task, (ce, kl) in zip(self.job.tasks, means, strict=True):
+        dist.all_reduce(parts)
+        means = (parts / torch.tensor(answers, device=self.device).clamp(min=1)[:, None]).tolist()
+        soft = self.job.assistant is not None or self.job.soft is not None
+        lam = self.job.distill.lam if soft else 0.0
+        found = {"loss": sum((1 - lam) * ce + lam * kl for ce, kl, _ in means), "lr": lr}
+        for task, (ce, kl, _) in zip(tasks, means, strict=True):
             short = "cls" if task is Task.CLASSIFICATION else "rea"
-            out[f"ce_{short}"] = ce
-            if self.soft is not None:
-                out[f"kl_{short}"] = kl
-        return out | {"grad_norm": float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)}
-
-    @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """Accuracy and macro F1 of the classification task by scored label words, over the whole validation split, and the temperature
-        that would make the probabilities fit it (calibration.py)."""
-        index = self.job.validation
-        assert index is not None
-        self.loss.eval()
-        mine_said: list[tuple[int, list[float]]] = []  # gold, probabilities
-        each = -(-len(index) // (self.world * self.job.micro_batch)) * self.job.micro_batch  # every worker takes part in every forward
-        for lo in range(0, each, self.job.micro_batch):
-            mine = [self.rank * each + lo + i for i in range(self.job.micro_batch)]
-            posts = [index.fetch(i % len(index))[0] for i in mine]
-            batch = self._batch([self._classify(post) for post in posts])
-            p = torch.softmax(self._label_logits(batch).float(), -1).tolist()
-            mine_said += [(LABELS.index(_gold(post)), x) for i, post, x in zip(mine, posts, p, strict=False) if i < len(index)]
-        self.loss.train()
-        everyone: list[list[tuple[int, list[float]]]] = [[] for _ in range(self.world)]
-        dist.all_gather_object(everyone, mine_said)
-        said = [x for part in everyone for x in part]
-        confusion = torch.zeros(3, 3)
-        for gold, p in said:
-            confusion[gold, p.index(max(p))] += 1
-        hit, found, answered = confusion.diag(), confusion.sum(1), confusion.sum(0)
-        f1 = 2 * hit / (found + answered).clamp(min=1)
-        t = calibration.fit([p for _, p in said], [gold for gold, _ in said])
-        return {"accuracy": float(hit.sum() / confusion.sum()), "macro_f1": float(f1.mean()), "temperature": t}
+            found |= {f"ce_{short}": ce} | ({f"kl_{short}": kl} if soft else {})
+        if soft:
+            found["dropped"] = float(parts[:, 2].sum()) / max(sum(answers), 1.0)
+        grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return found | {"grad_norm": grad_norm, "tokens": tokens, "posts": posts, "flops": flops}
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """This worker's shards of what trains and of the optimizer, and the state (worker 0)."""
+        """This worker's part of a checkpoint."""
         self.state.scheduler = self.scheduler.state_dict()
-        content = {"model": trainable(self.loss.model), "optimizer": get_optimizer_state_dict(self.loss, self.optimizer)}
-        dcp.save(content, checkpoint_id=folder / "shards")
-        if self.rank == 0:
-            (folder / "state.json").write_text(json.dumps(asdict(self.state)))
+        checkpoints.save(folder, self.root, self.model, self.optimizer, self.state, self.rank)
+        self._publish(always=True)
 
     def restore(self, folder: Path) -> None:
-        content = {"model": trainable(self.loss.model), "optimizer": get_optimizer_state_dict(self.loss, self.optimizer)}
-        dcp.load(content, checkpoint_id=folder / "shards")  # in place, whatever number of workers wrote it
-        set_optimizer_state_dict(self.loss, self.optimizer, content["optimizer"])
-        self.state = State(**json.loads((folder / "state.json").read_text()))
-        self.state.best = (self.state.best[0], self.state.best[1])
+        self.state = checkpoints.restore(folder, self.root, self.model, self.optimizer)
         self.scheduler.load_state_dict(self.state.scheduler)
 
-    # --- pieces ------------------------------------------------------------------------------------------------------
+    # --- what a person watches ---------------------------------------------------------------------------------------
+
+    def watch(self, path: Path) -> None:
+        """Write TensorBoard's file (worker 0), from the first step on."""
+        if self.rank == 0:
+            self.events = EventFile(path, self.state.rows)
+
+    def _note(self, found: dict[str, float], seconds: float, waited: float) -> None:
+        flops, state = found.pop("flops"), self.state
+        row = {"step": state.step, "epoch": state.epoch, "time": time.time(), **found, "seconds": seconds, "waited": waited}
+        row |= {"tokens_s": found["tokens"] / seconds, "posts_s": found["posts"] / seconds}
+        if self.job.peak_flops:
+            row["mfu"] = flops / seconds / self.world / self.job.peak_flops
+        if self.rank == 0:
+            state.rows.append(row)
+            if self.events is not None:
+                self.events.add(row)
+        self._tell(row)
+        self._publish()
 
     def _end_epoch(self) -> dict[str, Any]:
-        found = self.validate() if self.job.validation is not None else {}
-        score = (found.get("accuracy", 0.0), found.get("macro_f1", 0.0))
-        self.state.best = max(self.state.best, score)
-        self.state.validation.append({"step": self.state.step, "epoch": self.state.epoch, **found})
+        job, state = self.job, self.state
+        found: dict[str, float] = {}
+        if self.validation is not None:
+            self.root.eval()
+            with torch.no_grad():
+                found = self.validation.scored(self.root)
+                if job.settings.select_by == "generated":
+                    scored = {f"scored_{k}": found[k] for k in ("accuracy", "macro_f1")}
+                    found |= scored | self.validation.generated(self.root)
+            self.root.train()
+        state.validation.append({"step": state.step, "epoch": state.epoch, **found})
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self.scheduler.step(score[0])
+            self.scheduler.step(found.get("accuracy", 0.0))
+        if self.rank == 0 and found:
+            state.rows[-1] |= found
+            if self.events is not None:
+                self.events.add({"step": state.step, "time": time.time(), **found})
         self._tell(found)
-        # One number for Ray Train's "best checkpoint": accuracy, then F1.
-        return {"score": score[0] + 1e-4 * score[1], "epoch": self.state.epoch, "step": self.state.step, **found}
-
-    def _examples(self, rows: np.ndarray) -> dict[Task, list[Example]]:
-        made: dict[Task, list[Example]] = {t: [] for t in self.job.tasks}
-        for i in rows:
-            post, rationale = self.job.train.fetch(int(i))
-            try:
-                picture = self._picture(post)
-                pair = {t: self._example(t, post, rationale, picture) for t in self.job.tasks}
-            except RowFault:
-                self.state.skipped += 1  # too long or unreadable: counted, and told in the model's card
-                continue
-            for t, e in pair.items():
-                made[t].append(e)
-        return made
-
-    def _picture(self, post: Post) -> Picture | None:
-        image = post_image(post, self.job.contract.image.side)
-        return encode_picture(self.processor, image) if image is not None else None
-
-    def _example(self, task: Task, post: Post, rationale: Rationale | None, picture: Picture | None) -> Example:
-        gold = _gold(post)
-        answer = self.job.contract.answer(task, gold, rationale if task is Task.REASONING else None)
-        return supervised(self.processor, self.job.contract, task, post, gold, answer, picture, self.job.max_model_len)
-
-    def _blank(self) -> Example:
-        """A white picture and no targets: takes part in every collective, and in no loss."""
-        side = self.job.contract.image.side
-        post = Post("-", "-", "-", image_bytes=b"-", label=Sentiment.NEUTRAL)
-        picture = encode_picture(self.processor, Image.new("RGB", (side, side), "white"))
-        answer = self.job.contract.answer(Task.CLASSIFICATION, Sentiment.NEUTRAL)
-        e = supervised(self.processor, self.job.contract, Task.CLASSIFICATION, post, Sentiment.NEUTRAL, answer, picture, self.job.max_model_len)
-        return Example(e.ids, np.full_like(e.labels, IGNORE), e.picture)
-
-    def _classify(self, post: Post) -> Example:
-        try:
-            return self._example(Task.CLASSIFICATION, post, None, self._picture(post))
-        except RowFault:  # too long or unreadable: the label has to be found without it
-            bare = Post(post.post_id, post.source_id, "-", post.aspect, label=post.label)
-            return self._example(Task.CLASSIFICATION, bare, None, None)
-
-    def _batch(self, examples: list[Example]) -> dict[str, Tensor]:
-        if not any(e.picture for e in examples):
-            # Every worker must run the vision tower when one does, or the others wait for its shards for ever.
-            examples = [*examples, self.blank]
-        made = collate(examples, self.processor.tokenizer.pad_token_id, self.image_token)
-        return {k: v.to(self.device, non_blocking=True) for k, v in made.items()}
-
-    def _label_logits(self, batch: dict[str, Tensor]) -> Tensor:
-        """Logits of the three label words [b, 3] where the answer's label stands."""
-        return self.loss(batch, label_ids=self.label_ids)
+        # One number for Ray Train's "best checkpoint": accuracy, then F1; without validation, the last epoch.
+        score = found["accuracy"] + 1e-4 * found["macro_f1"] if found else float(state.epoch)
+        return {"score": score, "epoch": state.epoch, "step": state.step, **found}
 
     def _tell(self, values: dict[str, float]) -> None:
         if self.rank == 0 and self.job.board is not None:
             with contextlib.suppress(Exception):  # progress is never a reason to fail
-                self.job.board.put.remote(self.state.step, self.total, values)
+                self.job.board.put.remote(self.state.step, self.job.order.total, values)
 
-
-def _gold(post: Post) -> Sentiment:
-    assert post.label is not None, "the index holds labelled posts only"
-    return post.label
+    def _publish(self, always: bool = False) -> None:
+        if self.events is not None and (always or time.time() - self.published > LIVE_SECONDS):
+            self.published = time.time()
+            self.job.store.write(f"{self.job.live}/{EVENTS}", self.events.read())
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, s: Train, total: int) -> Any:

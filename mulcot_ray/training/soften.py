@@ -1,0 +1,253 @@
+"""The stage between assistant and student: the assistant's soft labels, written once, as softlabels/NAME. The student then trains without it.
+
+Ray Data gives each actor ranges of the training index; it goes through them some posts at a time and commits each range whole. A killed run
+goes on with the ranges that are missing. An actor has one device, and the assistant on it, in the dtype of the recipe.
+
+The manifest's stats tell what it costs and what is lost: bytes a token, and of some rows the KL to the untrained student by the whole
+distributions (`kl_full`) and by what is kept of them (`kl_kept`), in nats a token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from mulcot_ray.artifacts import Manifest, Run, begin, need, parquet_bytes, resolve_model
+from mulcot_ray.cluster import log_folder, own_error, session
+from mulcot_ray.engines.chunks import LIVES, REJECTS, TALLY, Progress, read_commits
+from mulcot_ray.errors import ConfigError, RowFault, TrainingError
+from mulcot_ray.prompts import Contract, digest
+from mulcot_ray.recipe import Distill, Recipe, Runtime
+from mulcot_ray.records import Reject, Split, Task, to_table
+from mulcot_ray.storage import Store
+from mulcot_ray.training.data import Index, index, row_key
+from mulcot_ray.training.examples import Encoder, Example
+from mulcot_ray.training.losses import Drawn, Kept, Teacher, answer_losses
+from mulcot_ray.training.model import check_alike, check_vocabularies, load, load_processor, output_weight
+from mulcot_ray.training.packing import Packer, answer_rows, answer_tokens, last_hidden
+from mulcot_ray.training.soft_labels import ROWS_PER_GROUP, SoftLabel, draw, keep, kept_by, part_name, tokens_digest
+
+TASKS = (Task.REASONING, Task.CLASSIFICATION)
+MEASURED = 64  # training rows, about, on which the KL is compared
+MAX_DRAWS = 65_535  # counts are uint16
+# What decides how a model's folder makes tokens of a post.
+READING = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja", "processor_config.json", "preprocessor_config.json")  # fmt: skip
+
+
+def soften(
+    store: Store, name: str, *, posts: str, rationales: list[str], assistant: str, recipe: Recipe, runtime: Runtime, progress: Progress
+) -> tuple[Manifest, bool]:
+    """Write softlabels/NAME: a row for each task of each training row (post × rationale, in the order of `data.index`).
+
+    Returns the manifest, and False where it was there already. Posts are tokenised as for the recipe's student, whatever the assistant's folder
+    says. A row that cannot be used is a reject for each task. As many actors as the runtime has replicas of the assistant.
+    Raises ConfigError, ArtifactMissing, RecipeChanged, Busy, TrainingError.
+    """
+    d = recipe.distill
+    if d.keep == "sampled" and d.top_k > MAX_DRAWS:
+        raise ConfigError(f"distill.top_k {d.top_k}: at most {MAX_DRAWS} draws can be counted")
+    source = need(store, "posts", posts)
+    tables = sorted((need(store, "rationales", r) for r in rationales), key=lambda t: t.fingerprint)  # as `stages.train` has them
+    (teacher, teacher_print), (student, _) = resolve_model(store, assistant), resolve_model(store, recipe.models.student)
+    identity = {
+        "stage": "soften", "posts": source.fingerprint, "rationales": [t.fingerprint for t in tables], "assistant": teacher_print,
+        "reading": _reading(student), "tasks": list(TASKS), "distill": kept_by(d), "contract": recipe.contract.hash,
+        "seed": recipe.seed if d.keep == "sampled" else None, "dtype": recipe.dtype, "max_model_len": recipe.max_model_len,
+    }  # fmt: skip
+    run = begin(store, "softlabels", name, identity, {"rows_per_part": runtime.rows_per_chunk})
+    if isinstance(run, Manifest):
+        return run, False
+    check_alike(str(student), str(teacher))
+    shared = check_vocabularies(load_processor(str(student)).tokenizer, load_processor(str(teacher)).tokenizer)
+    work = _Work(
+        store, run.prefix, index(store, source, Split.TRAIN, tables), str(teacher), str(student), shared, recipe.contract, recipe.max_model_len, d,
+        recipe.dtype, recipe.seed, runtime.device, runtime.micro_batch, runtime.loss_chunk, max(1, int(runtime.assistant.cpus)),
+    )  # fmt: skip
+    with run:
+        each = int(run.plan["rows_per_part"])
+        tally = _run_all(run, work, each, runtime, progress)
+        size = sum(n for f, n in store.files(run.prefix).items() if f.startswith("part-"))
+        stats = {"rows_per_part": each, "shared": shared, "tokens": int(tally["tokens"]), "bytes_per_token": round(size / max(1, tally["tokens"]), 1)}
+        return run.commit(len(work.rows) * len(TASKS), stats=stats | _measures(tally, d)), True
+
+
+@dataclass(frozen=True)
+class _Work:
+    """All that an actor needs. `assistant` and `student` are folders, on every machine."""
+
+    store: Store
+    target: str
+    rows: Index
+    assistant: str
+    student: str
+    shared: int
+    contract: Contract
+    max_len: int
+    distill: Distill
+    dtype: str
+    seed: int
+    device: str
+    micro_batch: int
+    chunk: int
+    threads: int
+
+
+def _run_all(run: Run, work: _Work, each: int, runtime: Runtime, progress: Progress) -> Counter[str]:
+    """Make the parts that are not there. Returns the summed counts of all."""
+    store, starts, total = run.store, range(0, len(work.rows), each), len(work.rows) * len(TASKS)
+    there = store.files(run.prefix)
+    done = [lo for lo in starts if f"{part_name(lo)}.parquet" in there]
+    tally, named = Counter[str](), set[str]()
+    for commit in read_commits(store, [f"{run.prefix}/{part_name(lo)}.parquet" for lo in done]):
+        tally.update(commit.tally)
+        named.add(commit.rejects)
+    progress(int(tally["rows_in"]), total, int(tally["rejects"]))
+    todo = [{"lo": lo, "hi": min(lo + each, len(work.rows))} for lo in starts if lo not in set(done)]
+    if todo:
+        replicas = runtime.assistant.replicas
+        least, most = (replicas, replicas) if isinstance(replicas, int) else replicas
+        with session(runtime):
+            import ray.data
+
+            context = ray.data.DataContext.get_current()
+            context.enable_progress_bars = False
+            context.print_on_execution_start = False
+            results = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+                _Softener,
+                fn_constructor_args=(work,),
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(min_size=min(least, len(todo)), max_size=min(most, len(todo))),
+                num_cpus=runtime.assistant.cpus,
+                num_gpus=1 if runtime.device == "cuda" else 0,
+                max_restarts=LIVES,
+                max_task_retries=LIVES,
+            )
+            try:
+                for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
+                    for counts, rejects in zip(batch["tally"], batch["rejects"], strict=True):
+                        tally.update(json.loads(counts))
+                        named.add(str(rejects))
+                    progress(int(tally["rows_in"]), total, int(tally["rejects"]))
+            except Exception as e:
+                raise own_error(e) or TrainingError(f"the workers failed: {type(e).__name__}. Logs: {log_folder()}") from e
+    for name in store.files(f"{run.prefix}/rejects"):  # what attempts left that did not commit
+        if name not in named:
+            store.delete(f"{run.prefix}/rejects/{name}")
+    return tally
+
+
+class _Softener:
+    """The Ray Data actor: the assistant, and the student too once it has a row on which the KL is compared."""
+
+    def __init__(self, work: _Work) -> None:
+        self.work = work
+        if work.device == "cpu":
+            torch.set_num_threads(work.threads)
+        self.assistant, self.student = self._load(work.assistant), None
+        self.encoder, self.packer = Encoder(load_processor(work.student), work.contract, work.max_len), Packer(work.student)
+
+    def _load(self, folder: str) -> Any:
+        return load(folder, getattr(torch, self.work.dtype)).to(self.work.device).eval().requires_grad_(False)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        done = [self._part(int(lo), int(hi)) for lo, hi in zip(batch["lo"], batch["hi"], strict=True)]
+        return {"tally": [json.dumps(t) for t, _ in done], "rejects": [r for _, r in done]}
+
+    def _part(self, lo: int, hi: int) -> tuple[Counter[str], str]:
+        """Rows lo to hi, exclusive: rejects first, then the part that names their file; creating it is the commit. Returns what stands."""
+        work, made, rejected, tally = self.work, list[SoftLabel](), list[Reject](), Counter[str]()
+        for first in range(lo, hi, work.micro_batch):
+            usable = []
+            for row in range(first, min(hi, first + work.micro_batch)):
+                post, rationale = work.rows.fetch(row)
+                try:
+                    usable.append((row, post.post_id, self.encoder.tasks(TASKS, post, rationale, self.encoder.picture(post))))
+                except RowFault as f:
+                    rejected += [Reject(post.post_id, "soften", f.reason, f"{t}: {f.detail}") for t in TASKS]
+            if usable:
+                made += self._soften(usable, tally)
+        tally.update(rows_in=(hi - lo) * len(TASKS), rejects=len(rejected))
+        name = ""
+        if rejected:
+            data = parquet_bytes(to_table(Reject, rejected))
+            name = f"{part_name(lo)}.{hashlib.sha256(data).hexdigest()[:12]}.parquet"
+            work.store.create(f"{work.target}/rejects/{name}", data)
+        table = pa.table([pa.array([getattr(s, f.name) for s in made], f.type) for f in SoftLabel.schema], schema=SoftLabel.schema)
+        table = table.replace_schema_metadata({TALLY: json.dumps(tally), REJECTS: name})
+        key = f"{work.target}/{part_name(lo)}.parquet"
+        if work.store.create(key, parquet_bytes(table, ROWS_PER_GROUP)):
+            return tally, name
+        stands = read_commits(work.store, [key])[0]
+        return stands.tally, stands.rejects
+
+    @torch.no_grad()
+    def _soften(self, posts: list[tuple[int, str, dict[Task, Example]]], tally: Counter[str]) -> list[SoftLabel]:
+        """The rows of the table for these training rows (number, post, examples), in their order."""
+        states = {row: dict[Task, Tensor]() for row, _, _ in posts}
+        for task, (hidden, _) in zip(TASKS, self._answers(self.assistant, [p for _, _, p in posts]), strict=True):
+            for (row, _, _), some in zip(posts, hidden.split([answer_tokens(p[task]) for _, _, p in posts]), strict=True):
+                states[row][task] = some
+        made = []
+        for row, post_id, post in posts:
+            these = [
+                SoftLabel(post_id, row, t, answer_tokens(post[t]), tokens_digest(post[t]), **self._keep(states[row][t], row, t, tally)) for t in TASKS
+            ]
+            if row % max(1, len(self.work.rows) // MEASURED) == 0:
+                self._measure(post, states[row], {s.task: s.soft() for s in these}, tally)
+            made += these
+        return made
+
+    def _answers(self, model: Any, posts: list[dict[Task, Example]]) -> list[tuple[Tensor, Tensor]]:
+        batch = {k: v.to(self.work.device) for k, v in self.packer(posts, TASKS).items()}
+        return answer_rows(last_hidden(model, batch), batch)
+
+    def _logs(self, states: Tensor) -> Tensor:
+        """The assistant's log-probabilities at the temperature of training, over the shared ids [n, shared]."""
+        logits = (states @ output_weight(self.assistant)[: self.work.shared].T).float()
+        return torch.log_softmax(logits / self.work.distill.temperature, -1)
+
+    def _keep(self, states: Tensor, row: int, task: Task, tally: Counter[str]) -> dict[str, bytes]:
+        """The columns of one answer. Draws depend on the recipe's seed, row and task, not on who makes them."""
+        d, out = self.work.distill, list[dict[str, Tensor]]()
+        generator = torch.Generator(self.work.device).manual_seed(row_key(seed=self.work.seed, row=row, task=TASKS.index(task)))
+        for some in states.split(self.work.chunk):
+            logs = self._logs(some)
+            out.append(draw(logs, d.top_k, generator) if d.keep == "sampled" else keep(logs, d.top_k))
+            share = out[-1]["width"].long().sum() if d.keep == "sampled" else out[-1]["logs"].float().exp().sum()
+            tally["kept"] += float(share)  # type: ignore[assignment]
+        tally["tokens"] += len(states)
+        return {k: b"".join(o[k].cpu().numpy().tobytes() for o in out) for k in (out[0] if out else ())}
+
+    def _measure(self, post: dict[Task, Example], states: dict[Task, Tensor], soft: dict[Task, Kept | Drawn], tally: Counter[str]) -> None:
+        """Count in the KL of the assistant to the student, by the whole distributions and by these."""
+        self.student = self.student or self._load(self.work.student)
+        t, weight = self.work.distill.temperature, output_weight(self.student)
+        for task, (hidden, targets) in zip(TASKS, self._answers(self.student, [post]), strict=True):
+            here = type(soft[task])(**{k: v.to(hidden.device) for k, v in vars(soft[task]).items()})
+            full, kept = (
+                float(answer_losses(hidden, weight, targets, s, temperature=t, shared=self.work.shared, chunk=self.work.chunk).soft) / t**2
+                for s in (Teacher(states[task], output_weight(self.assistant)), here)
+            )
+            if isinstance(here, Drawn):  # estimates the cross term: above the KL by the entropy
+                for logs in map(self._logs, states[task].split(self.work.chunk)):
+                    kept += float((logs.exp() * logs).sum())
+            tally.update({"measured": len(targets), "kl_full": full, "kl_kept": kept})  # type: ignore[dict-item]
+
+
+def _measures(tally: Counter[str], d: Distill) -> dict[str, float]:
+    tokens, n = max(1, tally["tokens"]), max(1, tally["measured"])
+    about = {"ids_per_token" if d.keep == "sampled" else "mass_kept": tally["kept"] / tokens}
+    found = {**about, "measured_tokens": tally["measured"], "kl_full": tally["kl_full"] / n, "kl_kept": tally["kl_kept"] / n}
+    return {k: round(float(v), 6) for k, v in found.items()}
+
+
+def _reading(folder: Path) -> str:
+    return digest({n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in READING if (folder / n).exists()})
