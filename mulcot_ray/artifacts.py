@@ -119,18 +119,24 @@ class Run:
             self._beat = None
         try:
             # Renewed first: nobody takes a fresh lease over, so what is deleted next is still ours.
-            if self._hold():
+            if held := self._hold():
                 self.store.delete(self._lease_key)
         except ArtifactError as e:  # it ends by itself in LEASE_SECONDS; what went wrong before this matters more
             log.warning("%s: the lease could not be given back: %s", self.prefix, e)
+            return
+        if not held and isinstance(error, Exception) and not isinstance(error, Busy):
+            raise self._lost() from error  # which comes of it: another run finishes and clears up under us
 
     def check(self) -> None:
         """Renew the lease now (two requests). Raises Busy where another run has taken it over, which may happen after LEASE_SECONDS without a
         renewal: a process that was stopped for a while, storage that was away. Called before a manifest; does nothing outside the context."""
         if self._beat is not None and not self._hold():
-            h = json.loads(self._taken or b"{}")
-            by = f"process {h['pid']} on {h['host']}" if h else "another run, which has ended"
-            raise Busy(f"{self.prefix}: this run was not heard of for {LEASE_SECONDS:.0f} s, and {by} took it over; what is done is kept")
+            raise self._lost()
+
+    def _lost(self) -> Busy:
+        h = json.loads(self._taken or b"{}")
+        by = f"process {h['pid']} on {h['host']}" if h else "another run, which has ended,"
+        return Busy(f"{self.prefix}: this run was not heard of for {LEASE_SECONDS:.0f} s, and {by} took it over; what is done is kept")
 
     @property
     def _lease_key(self) -> str:

@@ -33,8 +33,8 @@ def runtime():
 
 
 @pytest.fixture(scope="session")
-def ray_session(runtime):
-    """One local Ray for all tests that need it."""
+def ray_session(runtime, s3_bucket):
+    """One local Ray for all tests that need it. Its workers know the S3 server: they have the environment that Ray was started with."""
     from mulcot_ray.cluster import session
 
     with session(runtime):

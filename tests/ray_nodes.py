@@ -26,9 +26,10 @@ READY_S = 90.0
 
 @dataclass(frozen=True)
 class Head:
-    """`gcs` is HOST:PORT for ray.init and further nodes; `environment` what a process needs to join."""
+    """`url` of the dashboard, `agent` of the node's agent; `gcs` is HOST:PORT for ray.init and further nodes; `environment` what a process needs to join."""
 
     url: str
+    agent: str
     gcs: str
     token: str
     folder: Path
@@ -74,7 +75,7 @@ def ray_head(folder: Path, *options: str, cpus: int = 2, port: int | None = None
         while not written.exists() and process.poll() is None:
             time.sleep(0.1)
         address = written.read_text().strip()
-        yield Head(url, address, token, folder, env)
+        yield Head(url, f"http://127.0.0.1:{agent}", address, token, folder, env)
     finally:
         end_of(folder, process.pid)
         process.wait(10)

@@ -28,7 +28,8 @@ CODES = {
 
 @dataclass
 class Request:
-    """A request as the log keeps it. `key` is what follows the bucket, decoded; `status` what the client was told (None: nothing)."""
+    """A request as the log keeps it. `key` is what follows the bucket, decoded; `status` what the client was told (None: nothing); `port` the
+    client's, by which its process can be found."""
 
     method: str
     bucket: str
@@ -37,6 +38,7 @@ class Request:
     headers: dict[str, str]
     size: int
     at: float
+    port: int
     did: list[str] = field(default_factory=list)
     status: int | None = None
 
@@ -98,7 +100,7 @@ class S3Proxy:
                     writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                     await writer.drain()
                 body = await _body(reader, head)
-                request = _request(head, len(body))
+                request = _request(head, len(body), writer.get_extra_info("peername")[1])
                 self.log.append(request)
                 rule = next((x for x in list(self.rules) if x.takes(request)), Rule())
                 request.did.append(rule.do)
@@ -158,13 +160,13 @@ async def _body(reader: asyncio.StreamReader, head: bytes) -> bytes:
     return await reader.readexactly(int(length[1])) if length else b""
 
 
-def _request(head: bytes, size: int) -> Request:
+def _request(head: bytes, size: int, port: int) -> Request:
     first, *lines = head.decode("latin-1").split("\r\n")
     method, target, _ = first.split(" ", 2)
     path, _, query = target.partition("?")
     bucket, _, key = unquote(path).lstrip("/").partition("/")
     headers = {k.strip().lower(): v.strip() for k, _, v in (x.partition(":") for x in lines if x)}
-    return Request(method, bucket, key, unquote(query), headers, size, time.monotonic())
+    return Request(method, bucket, key, unquote(query), headers, size, time.monotonic(), port)
 
 
 def _refusal(rule: Rule, r: Request) -> bytes:

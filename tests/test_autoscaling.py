@@ -41,7 +41,11 @@ def autoscaling(groups: dict[str, Any], provider: str, **environment: str) -> It
         "head_node_id": FAKE_HEAD_NODE_ID, "launch_multiple": True, "disable_node_updaters": True,
     }  # fmt: skip
     head_type = config["available_node_types"][config["head_node_type"]] | {"node_config": {}}
-    config |= {"available_node_types": {**groups, FAKE_HEAD_NODE_TYPE: head_type}, "head_node_type": FAKE_HEAD_NODE_TYPE, "idle_timeout_minutes": 0.05}
+    config |= {
+        "available_node_types": {**groups, FAKE_HEAD_NODE_TYPE: head_type},
+        "head_node_type": FAKE_HEAD_NODE_TYPE,
+        "idle_timeout_minutes": 0.05,
+    }
     config |= {"file_mounts": {}, "setup_commands": []}
     folder = Path(tempfile.mkdtemp(prefix="mca", dir="/tmp"))
     (folder / "cluster.json").write_text(json.dumps(config))
@@ -84,7 +88,7 @@ def launches(head: Head) -> list[dict[str, Any]]:
 
 def test_the_gpu_group_grows_from_zero_runs_the_job_and_shrinks_and_does_without_spot(sample_store: Any) -> None:
     groups = {k: v for k, v in yaml.safe_load((ROOT / "cluster.yaml").read_text())["available_node_types"].items() if k != "head"}
-    assert set(groups) == {"teacher", "gpu"} and all(g["min_workers"] == 0 for g in groups.values())
+    assert set(groups) == {"cpu", "teacher", "gpu"} and all(g["min_workers"] == 0 for g in groups.values())
     with autoscaling(groups, "Spot") as head:
         # Demand for single GPUs: the single-GPU group on spot, not the teacher's 8-GPU machines.
         first = drive(head, "label", sample_store.base, "spot")
@@ -116,10 +120,15 @@ def test_the_gpu_group_grows_from_zero_runs_the_job_and_shrinks_and_does_without
         assert drive(head, "task", "8")["had"] == 8
         assert {x["group"] for x in launches(head)[at:]} == {"teacher"}
 
+        # Work without a model starts no GPU.
+        at = len(launches(head))
+        assert drive(head, "task", "0")["gpus"] == [0.0]
+        assert {x["group"] for x in launches(head)[at:]} == {"cpu"}
+
 
 def test_on_kubernetes_a_spot_group_that_stays_pending_gives_way_to_the_next() -> None:
     groups = kuberay_groups()
-    assert list(groups) == ["gpu-spot", "gpu"]  # the first of equals is taken first
+    assert list(groups) == ["gpu-spot", "gpu", "cpu"]  # the first of equals is taken first
     fast = {"RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S": "4"}
     with autoscaling(groups, "Pods", **fast) as head:
         assert drive(head, "task", "1")["had"] == 1
@@ -140,4 +149,6 @@ def kuberay_groups() -> dict[str, Any]:
     job = next(yaml.safe_load(d["data"]["rayjob.yaml"]) for d in documents if d["kind"] == "ConfigMap")
     cluster = {"metadata": {"name": "night", "namespace": "mulcot"}, "spec": job["spec"]["rayClusterSpec"]}
     types = _derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
-    return {k: {**v, "resources": {r: int(n) for r, n in v["resources"].items() if r in ("CPU", "GPU")}} for k, v in types.items() if k != "headgroup"}
+    return {
+        k: {**v, "resources": {r: int(n) for r, n in v["resources"].items() if r in ("CPU", "GPU")}} for k, v in types.items() if k != "headgroup"
+    }

@@ -123,11 +123,15 @@ def test_confidence_that_moves_either_way() -> None:
 
 
 def test_pictures_that_go_missing_or_cannot_be_used() -> None:
-    for images, faults, ok in (({"with": 1000, "without": 20}, 0, True), ({"with": 900, "without": 120}, 0, False), ({"with": 990, "without": 20}, 100, False),
-                               ({"with": 1020, "without": 0}, 0, True)):  # fmt: skip
+    for images, faults, ok in (({"with": 990, "without": 20}, 0, True), ({"with": 900, "without": 110}, 0, False), ({"with": 990, "without": 20}, 100, False),
+                               ({"with": 1010, "without": 0}, 0, True)):  # fmt: skip
         v = one("missing_image_rise", manifest(images=images, image_faults=faults), week())
         assert v.ok is ok and v.measured == pytest.approx((images["without"] + faults) / 1010 - 20 / 1010, abs=1e-9)
     assert one("missing_image_rise", manifest(rows=10, images={"with": 9, "without": 1}), week()).ok
+    # Broken lines are no posts without pictures, and no posts with pictures either.
+    half = one("missing_image_rise", manifest(rows=500, rejects=500, images={"with": 490, "without": 10}), week())
+    assert half.ok and abs(half.measured) < 1e-3
+    assert one("missing_image_rise", manifest(rows=0, rejects=9, images={"with": 0, "without": 0}), week()).why == "No row could be read."
 
 
 def test_rejects_and_rows_put_off() -> None:

@@ -83,7 +83,7 @@ def test_buckets_for() -> None:
         return [Unit(i, f"{i}", "jsonl", compression, 0, s, s, "") for i, s in enumerate(sizes)]
 
     mib = 1 << 20
-    assert [buckets_for(units(n * mib)) for n in (0, 1, 64, 65, 128, 129, 640, 64 << 8, 1 << 20)] == [1, 1, 1, 2, 2, 4, 16, 256, 256]
+    assert [buckets_for(units(n * mib)) for n in (0, 1, 64, 65, 128, 129, 640, 64 << 8, 1 << 20)] == [1, 1, 1, 2, 2, 4, 16, 64, 64]
     assert buckets_for(units(64 * mib, 64 * mib, compression="zstd")) == 8
 
 

@@ -94,7 +94,7 @@ def compare(hidden, weight, targets, soft, tolerance, chunk, **how):
     total, ce, value, dropped = reference(h, w, targets, soft, **how)
     right = grads(total * 0.37, h, w)
     for name, a, b in [("total", ours.total, total), ("ce", ours.ce, ce), ("soft", ours.soft, value)]:
-        assert float(a) == pytest.approx(float(b), rel=tolerance, abs=tolerance), name
+        assert a.item() == pytest.approx(b.item(), rel=tolerance, abs=tolerance), name
     assert float(ours.dropped) == pytest.approx(float(dropped), rel=tolerance, abs=tolerance)
     for a, b in zip(mine, right, strict=True):
         assert a.shape == b.shape and off(a, b) < tolerance
@@ -120,7 +120,7 @@ def test_cross_entropy_alone(chunk):
     hidden, weight, targets, _ = make(None, dtype=torch.float32)
     ours = answer_losses(hidden, weight, targets, chunk=chunk)
     right = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
-    assert float(ours.total) == float(ours.ce) == pytest.approx(float(right), rel=1e-5)
+    assert ours.total.item() == ours.ce.item() == pytest.approx(right.item(), rel=1e-5)
     assert float(ours.soft) == float(ours.dropped) == 0
     for a, b in zip(grads(ours.total, hidden, weight), grads(right, hidden, weight), strict=True):
         assert off(a, b) < 1e-5
@@ -159,7 +159,7 @@ def test_gradients_are_those_of_the_values():
                     was, ends = float(flat[i]), []
                     for step in (1e-6, -1e-6):
                         flat[i] = was + step
-                        ends.append(float(answer_losses(hidden, weight, targets, soft, **how).total))
+                        ends.append(answer_losses(hidden, weight, targets, soft, **how).total.item())
                     flat[i] = was
                     assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(float(slope.view(-1)[i]), abs=1e-6)
 
@@ -290,7 +290,7 @@ def test_drawn_labels_are_unbiased(power):
         answer_losses(many[i : i + each], weight, targets.repeat(each), Drawn(labels.ids[i : i + each], labels.weights[i : i + each])).soft / each
         for i in range(0, n, each)
     ])  # fmt: skip
-    assert abs(float(values.mean()) - float(-4 * (p * log_q).sum())) < 4 * float(values.std()) / groups**0.5
+    assert abs(values.mean().item() + 4 * (p * log_q).sum().item()) < 4 * float(values.std()) / groups**0.5
 
 
 # --- edges -----------------------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def test_no_answer_tokens(kind):
     """A batch without answers still takes part in `backward`: under FSDP the other workers wait for it."""
     hidden, weight, targets, soft = make(kind, n=0)
     ours = answer_losses(hidden, weight, targets, soft)
-    assert all(float(x) == 0 for x in ours)
+    assert all(x.item() == 0 for x in ours)
     h, w = grads(ours.total, hidden, weight)
     assert h.shape == (0, D) and w.shape == (11, D) and (w == 0).all()
 
@@ -354,7 +354,7 @@ def test_bfloat16_is_close_to_float64(kind):
     blank = Drawn(torch.zeros(40, 1, dtype=torch.int32), torch.zeros(40, 1)) if soft is None else soft
     right = reference(h, w, targets, blank, temperature=2.0, mix=(0.7, 0.3), shared=300)
     for a, b in zip(ours, right, strict=True):
-        assert float(a) == pytest.approx(float(b), rel=5e-3, abs=1e-6)
+        assert a.item() == pytest.approx(b.item(), rel=5e-3, abs=1e-6)
     for a, b in zip(mine, grads(right[0], h, w), strict=True):
         assert off(a, b) < 1e-2
 
@@ -428,7 +428,7 @@ def test_inside_the_forward_of_a_sharded_module(tmp_path, half):
         ours = sharded(x, targets, soft)
         ours.total.backward()
         assert sharded.seen == torch.float16  # not cast on the way in
-        assert float(ours.total) == pytest.approx(float(right.total), rel=1e-2 if half else 1e-6)
+        assert ours.total.item() == pytest.approx(right.total.item(), rel=1e-2 if half else 1e-6)
         for a, b in zip(sharded.parameters(), plain.parameters(), strict=True):
             assert off(a.grad.full_tensor(), b.grad) < (2e-2 if half else 1e-6)
     finally:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ RUNTIME = load_runtime("laptop")
 
 @pytest.fixture
 def serial(monkeypatch):
-    """Tasks one after the other in this process, through JSON as Ray would have them."""
+    """Tasks one after the other in this process, through JSON as Ray would have them. The disk may take its time: no power fails here."""
 
     def tasks(_, kind, args, rows, cpus=1):
         for row in rows:
@@ -37,6 +38,7 @@ def serial(monkeypatch):
 
     monkeypatch.setattr(module, "tasks", tasks)
     monkeypatch.setattr(taking, "tasks", tasks)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
@@ -172,10 +174,8 @@ dump = st.lists(
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(nights=st.lists(dump, min_size=1, max_size=3), buckets=st.sampled_from([1, 2, 256]), unit_bytes=st.sampled_from([60, 400, 10_000]))
+@given(nights=st.lists(dump, min_size=1, max_size=3), buckets=st.sampled_from([1, 2, 16]), unit_bytes=st.sampled_from([60, 400, 10_000]))
 def test_fates_equal_the_reference(nights, buckets, unit_bytes, tmp_path_factory, serial, small):
-    if buckets == 256:
-        nights = nights[:1]
     here = tmp_path_factory.mktemp("n")
     store, known = Store(str(here / "root")), dict[tuple, str]()
     ledger = Ledger(store, "v")
@@ -277,7 +277,7 @@ def test_parts_to_ask_are_cut_by_rows_and_bytes(tmp_path, serial, monkeypatch):
     store = Store(str(tmp_path / "root"))
     run = taken(store, tmp_path / "dump", "night", rows, 1, RUNTIME, unit_bytes=10**6)
     tally = match(run, 1, read_markers(run), Ledger(store, "v"), RUNTIME, lambda *_: None)
-    assert tally == {"scored": len(sizes)}
+    assert tally["scored"] == tally.total() == len(sizes)
     todo = todo_rows(run, 1)
     assert [t["image_bytes"] for t in todo] == [bytes([i]) * n for i, n in enumerate(sizes)]
     assert [t["text"] for t in todo] == [f"{i:03d}" for i in range(len(sizes))]

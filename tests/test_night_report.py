@@ -107,7 +107,7 @@ def test_every_row_is_accounted_for(page: Page) -> None:
         "Of 1 200 rows of the dump 1 000 have a label of student-3f9a1c2b , 100 are rejects, each with its reason, 20 repeat another row, 80 are put off"
         in page.text
     )
-    assert f"1 150 rows came with a picture, 50 without; 30 had one that could not be used, and are rejects. Without a usable picture: {share(80, total)} of the rows, usually {share(20, 1010)}" in page.text  # fmt: skip
+    assert f"1 150 rows came with a picture, 50 without; 30 had one that could not be used, and are rejects. Without a usable picture: {share(80, total)} of these rows, usually {share(20, 1010)}" in page.text  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -152,6 +152,7 @@ def test_labels_stand_beside_the_usual_ones(page: Page) -> None:
     assert "median over the last 7 published nights before this one, 2026-11-15 to 2026-11-21" in page.text
     assert page.rows("answered") == {"Student": ["930", "93.0 %"], "Assistant": ["60", "6.0 %"], "Teacher": ["10", "1.0 %"]}
     assert "125 labels ( 12.5 % ) come with a rationale. A larger model answered" in page.text.replace("(12.5 %)", "( 12.5 % )")
+    assert "“Usually” is the one published night before this one, 2026-11-21." in shown(eventful(), nights=1).text
     two = shown(eventful(), nights=2)
     assert "median over the last 2 published nights before this one, 2026-11-20 to 2026-11-21" in two.text
 

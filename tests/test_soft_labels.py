@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections import Counter
 from dataclasses import replace
@@ -209,22 +210,30 @@ def test_a_digest_tells_tokens_and_where_the_answer_begins():
 # --- what is kept ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.ray
-def test_sampled_labels_are_drawn_by_seed_row_and_task(store, ray_session, encoder):
-    """Two replicas and another cut give the draws of one: who makes a row does not decide them. The estimate is near the whole KL."""
+def test_sampled_labels_are_drawn_by_seed_row_and_task(store, encoder, monkeypatch):
+    """Another cut gives the same draws: who makes a row does not decide them. The estimate is near the whole KL. (Without Ray.)"""
+    monkeypatch.setattr(stage, "_run_all", in_process)
     one, _ = make(store, "drawn", keep="sampled", top_k=50)
     two, _ = make(store, "drawn2", RUNTIME.model_copy(update={"rows_per_chunk": 6, "micro_batch": 1}), keep="sampled", top_k=50)
     a, b = list(read_rows(store, one)), list(read_rows(store, two))
-    assert sum(x == y for x, y in zip(a, b, strict=True)) >= len(a) - 1, "but for rounding, which may move a draw"
-    assert all(r["logs"] is None and r["tail"] is None for r in a)
+    assert len(a) == len(b) == one.rows and all(r["logs"] is None and r["tail"] is None for r in a)
+    same = [x["ids"] == y["ids"] and x["counts"] == y["counts"] for x, y in zip(a, b, strict=True)]
+    assert sum(same) >= len(a) - 2, "but for rounding, which may move a draw"
     reader = SoftLabels(store, one, settings(keep="sampled", top_k=50))
-    rows = examples(store, encoder, [0, 11])
-    found = reader(rows, TASKS[0])
+    found = reader(examples(store, encoder, [0, 11]), TASKS[0])
     assert isinstance(found, Drawn) and torch.allclose(found.weights.sum(-1), torch.ones(len(found.ids)), atol=1e-6)
-    assert torch.equal(found.weights * 50, (found.weights * 50).round()), "counts of 50 draws"
+    assert torch.allclose(found.weights * 50, (found.weights * 50).round(), atol=1e-4), "counts of 50 draws"
     assert 1 < one.stats["ids_per_token"] < 50
-    assert abs(one.stats["kl_kept"] - one.stats["kl_full"]) < 0.2 * one.stats["kl_full"] + 0.05
+    assert one.stats["kl_kept"] == pytest.approx(one.stats["kl_full"], rel=0.2)
     assert isinstance(reader([], TASKS[0]), Drawn)
+
+
+def in_process(run, work, each, runtime, progress):
+    worker, tally = stage._Softener(work), Counter()
+    for lo in range(0, len(work.rows), each):
+        (counts,) = worker({"lo": [lo], "hi": [min(lo + each, len(work.rows))]})["tally"]
+        tally.update(json.loads(counts))
+    return tally
 
 
 def test_keep_is_exact_and_the_tail_is_the_rest():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -13,6 +15,8 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
+from ray.job_submission import JobStatus
 from ray_nodes import Head, free_ports, processes_of, ray_head
 
 from mulcot_ray import submit as module
@@ -21,7 +25,7 @@ from mulcot_ray.submit import submit
 
 JOB = """
 import os, pathlib, sys, time
-print("colour", os.environ.get("COLOUR"), flush=True)
+print("colour", os.environ.get("COLOUR"), "git", os.path.exists(".git"), flush=True)
 match sys.argv[1]:
     case "exit":
         print("first", flush=True); time.sleep(3); print("last"); sys.exit(int(sys.argv[2]))
@@ -104,7 +108,7 @@ def test_the_log_is_followed_and_the_exit_code_comes_back(head: Head, work: str,
     )
     at = {text: when for when, text in said}
     assert code == 7 and said[-1][1].endswith("failed, exit code 7")
-    assert at["last"] - at["first"] > 1.0 and "colour red" in at  # the lines came while it ran
+    assert at["last"] - at["first"] > 1.0 and "colour red git False" in at  # the lines came while it ran
     job = details(head, named([text for _, text in said]))
     assert job["metadata"] == {"stage": "tiny", "user": module._user(), "run": "a", "attempt": "1"}
     assert job["runtime_env"]["env_vars"] == {"COLOUR": "red"} and head.token not in str(job)
@@ -166,6 +170,25 @@ def test_no_wait_comes_back_at_once_and_an_installed_package_needs_no_folder(hea
         time.sleep(0.5)
     found = details(head, job)
     assert found["entrypoint"] == "python -m mulcot_ray.cli label --help" and found["status"] == "SUCCEEDED" and found["driver_exit_code"] == 0
+
+
+@pytest.mark.ray
+def test_the_probes_of_the_kubernetes_manifests_pass_on_a_head_that_asks_for_a_token(head: Head) -> None:
+    """They carry no token: Ray answers its health paths without."""
+    spec = yaml.safe_load((Path(__file__).parents[1] / "deploy" / "kuberay" / "cluster.yaml").read_text())["spec"]
+    container = spec["headGroupSpec"]["template"]["spec"]["containers"][0]
+    ports = {"52365": head.agent.rpartition(":")[2], "8265": head.url.rpartition(":")[2]}
+    for probe in ("readinessProbe", "livenessProbe"):
+        python, *arguments = container[probe]["exec"]["command"]
+        assert python == "python" and not subprocess.run([sys.executable, *_swapped(arguments, ports)], timeout=20).returncode
+        gone = _swapped(arguments, ports | {"8265": str(free_ports(1)[0])})
+        assert subprocess.run([sys.executable, *gone], timeout=20, stderr=subprocess.DEVNULL).returncode == 1  # and fail where nobody answers
+
+
+def _swapped(words: list[str], ports: dict[str, str]) -> list[str]:
+    for stated, here in ports.items():
+        words = [w.replace(f":{stated}/", f":{here}/") for w in words]
+    return words
 
 
 def test_addresses_and_options_that_cannot_be_right(work: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,8 +277,6 @@ def test_a_log_whose_connection_breaks_goes_on_where_it_was(monkeypatch: pytest.
 
 
 def test_what_a_job_ended_with() -> None:
-    from ray.job_submission import JobStatus
-
     def ended(status: JobStatus, code: int | None) -> tuple[int, bool]:
         return module._outcome(SimpleNamespace(submission_id="j", status=status, driver_exit_code=code, message="why"), lambda t: None)
 

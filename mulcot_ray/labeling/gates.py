@@ -10,7 +10,7 @@ explains, for a small night moves by itself: see `chance`. A verdict's `limit` i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any, NamedTuple, Self
 
@@ -73,9 +73,18 @@ def judge(manifest: Manifest, earlier: Sequence[Manifest], gates: Gates) -> list
         _canary_drop(manifest, before, gates),
         _label_drift(manifest, before, gates),
         _confidence_drift(manifest, before, gates),
-        _rise("missing_image_rise", "posts without a usable picture", manifest, before, gates, gates.missing_image_rate_rise_max, missing_images),
+        _rise(
+            "missing_image_rise",
+            "posts without a usable picture",
+            manifest,
+            before,
+            gates,
+            gates.missing_image_rate_rise_max,
+            missing_images,
+            readable,
+        ),
         _ceiling("reject_rate", "rows rejected", manifest, rejected(manifest), gates.reject_rate_max),
-        _rise("reject_rate_rise", "rows rejected", manifest, before, gates, gates.reject_rate_rise_max, rejected),
+        _rise("reject_rate_rise", "rows rejected", manifest, before, gates, gates.reject_rate_rise_max, rejected, rows_in),
         _ceiling("deferred_rate", "rows deferred", manifest, int(manifest.stats["deferred"]), gates.deferred_rate_max),
     ]
 
@@ -108,8 +117,17 @@ def missing_images(manifest: Manifest) -> int:
     return int(manifest.stats["images"]["without"]) + int(manifest.stats["image_faults"])
 
 
+def readable(manifest: Manifest) -> int:
+    """Rows of which it is known whether they came with a picture: of a broken line it is not."""
+    return int(manifest.stats["images"]["with"]) + int(manifest.stats["images"]["without"])
+
+
 def rejected(manifest: Manifest) -> int:
     return manifest.rejects
+
+
+def rows_in(manifest: Manifest) -> int:
+    return manifest.rows_in
 
 
 def chance(spread: Spread, n: int, earlier: Sequence[int]) -> float:
@@ -192,17 +210,22 @@ def _confidence_drift(manifest: Manifest, before: Sequence[Manifest], gates: Gat
     return _verdict(gate, drift, limit, slack, n, said)
 
 
-def _rise(gate: str, what: str, manifest: Manifest, before: Sequence[Manifest], gates: Gates, limit: float, count: Any) -> Verdict:
-    """A rate of all rows, above the median rate."""
-    n = manifest.rows_in
+def _rise(
+    gate: str, what: str, manifest: Manifest, before: Sequence[Manifest], gates: Gates, limit: float, count: Callable[[Manifest], int],
+    of: Callable[[Manifest], int],
+) -> Verdict:  # fmt: skip
+    """A rate above the median rate."""
+    n = of(manifest)
     if not n:
-        return _unknown(gate, limit, "No row came in.")
+        return _unknown(gate, limit, "No row came in." if not manifest.rows_in else "No row could be read.")
+    before = [m for m in before if of(m)]
     if few := _too_few(gate, before, gates, limit, ""):
         return few
-    usual = median(count(m) / m.rows_in for m in before)
-    slack = chance_of_share(usual, n, [m.rows_in for m in before])
-    said = f"{number(count(manifest))} of {number(n)} {what} ({_share(count(manifest) / n)}), against {_share(usual)} in the median of the last {len(before)} nights"
-    return _verdict(gate, count(manifest) / n - usual, limit, slack, n, said)
+    usual = median(count(m) / of(m) for m in before)
+    slack = chance_of_share(usual, n, [of(m) for m in before])
+    rate = count(manifest) / n
+    said = f"{number(count(manifest))} of {number(n)} {what} ({_share(rate)}), against {_share(usual)} in the median of the last {len(before)} nights"
+    return _verdict(gate, rate - usual, limit, slack, n, said)
 
 
 def _ceiling(gate: str, what: str, manifest: Manifest, count: int, limit: float) -> Verdict:

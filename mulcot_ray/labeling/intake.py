@@ -44,7 +44,7 @@ from mulcot_ray.storage import Store
 STAGE = "intake"
 SLICE_ROWS, SLICE_BYTES = 20_000, 64 << 20
 GROUP_ROWS, GROUP_BYTES = 4096, 8 << 20  # of a bucket that has more in one slice
-BUCKETS, BUCKET_BYTES = 256, 64 << 20  # at most; input that makes one
+BUCKETS, BUCKET_BYTES = 64, 64 << 20  # at most (footers grow with them, and are read for each); input that makes one
 INFLATION = 4  # bytes of JSONL in one of its compressed file
 THREADS = 32  # for reading markers, which is waiting
 
@@ -54,7 +54,7 @@ IDS = pa.schema([pa.field("id", KEY), pa.field("key", KEY), pa.field("row", pa.i
 
 
 def buckets_for(units: Iterable[Unit]) -> int:
-    """Into how many buckets these units are best cut: a power of two, with some 64 MB of input in each, 256 at most."""
+    """Into how many buckets these units are best cut: a power of two, with some 64 MB of input in each, 64 at most."""
     size = sum(map(_bytes, units))
     return min(BUCKETS, 1 << (max(1, -(-size // BUCKET_BYTES)) - 1).bit_length())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from mulcot_ray.artifacts import Manifest
 from mulcot_ray.errors import ConservationError
 from mulcot_ray.html import environment, number, words
-from mulcot_ray.labeling.gates import BINS, Gates, Verdict, breaches, last_nights, median_prior, missing_images, prior
+from mulcot_ray.labeling.gates import BINS, Gates, Verdict, breaches, last_nights, median_prior, missing_images, prior, readable, rows_in
 from mulcot_ray.labeling.publishing import labels_of
 from mulcot_ray.posts.shown import clip
 from mulcot_ray.records import LABELS, Fate, Reason
@@ -71,7 +71,7 @@ def night_page(
         m=manifest, s=stats, date=date, version=version, before=before, verdicts=verdicts, bad=bad, judged=judged,
         fates=[(f.value, FATES[f], stats["fates"].get(f, 0), _usual(before, lambda m, f=f: m.stats["fates"].get(f, 0))) for f in Fate],  # type: ignore[misc]
         labelled=(Fate.SCORED, Fate.CARRIED, Fate.COPIED), labels=labels[::-1], histogram=_histogram(manifest, before), usual_confidence=_usual_confidence(before),
-        answered=sorted(stats["answered_by"].items(), key=lambda x: (-x[1], x[0])), missing=(missing_images(manifest), _usual(before, missing_images)),
+        answered=sorted(stats["answered_by"].items(), key=lambda x: (-x[1], x[0])), missing=(missing_images(manifest), readable(manifest), _usual(before, missing_images, readable)),
         reasons=[(r, n, REASONS.get(Reason(r), ""), [_example(e) for e in examples.get(r, ())]) for r, n in sorted(manifest.rejects_by_reason.items(), key=lambda x: (-x[1], x[0]))],
         steps=list(stats["seconds_by_step"].items()), engine=_engine(stats["engine"]), pace=_pace(stats["pace"]), price=_usd,
         commands=_commands(date, root), labels_at=f"{root}/{labels_of(manifest.name)}",
@@ -136,9 +136,10 @@ def _check(manifest: Manifest) -> None:
             raise ConservationError(f"nights/{manifest.name}: {stated} {what} are stated, {counted} counted. Please report this.")
 
 
-def _usual(before: Sequence[Manifest], count: Any) -> float | None:
+def _usual(before: Sequence[Manifest], count: Callable[[Manifest], int], of: Callable[[Manifest], int] = rows_in) -> float | None:
     """The median share of a night's rows."""
-    return median(count(m) / m.rows_in for m in before) if before else None
+    shares = [count(m) / of(m) for m in before if of(m)]
+    return median(shares) if shares else None
 
 
 def _usual_confidence(before: Sequence[Manifest]) -> float | None:

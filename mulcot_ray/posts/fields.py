@@ -37,6 +37,8 @@ def as_post_or_reject(where: str, row: Mapping[str, Any] | RowFault, images: str
         return _post(post_id, row, images)
     except RowFault as f:
         return as_reject(post_id, f)
+    except RecursionError:
+        return as_reject(post_id, RowFault(Reason.BAD_LINE, "nested too deep"))
 
 
 def _post(post_id: str, row: Mapping[str, Any], images: str | None) -> Post:

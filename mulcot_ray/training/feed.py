@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -107,7 +107,7 @@ def read_row(order: Order, number: int) -> Row:
 
 def pack(rows: list[Row], step: int) -> pa.Table:
     """Rows of one step as a table. The picture goes as it was decoded, three bytes a pixel; the compressed one stays behind."""
-    posts = to_table(Post, [r.post for r in rows]).drop_columns(["image_bytes"])
+    posts = to_table(Post, [replace(r.post, image_bytes=r.post.image_bytes and b"-") for r in rows])  # there is one, says that to the prompt
     bare = [{} if r.rationale is None else r.rationale.row() for r in rows]
     rationales = pa.table([pa.array([b.get(f.name.removeprefix("r_")) for b in bare], f.type) for f in _RATIONALE], schema=_RATIONALE)
     extra = [

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ray.train import UserCallback
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from mulcot_ray.artifacts import Manifest, Run
 from mulcot_ray.cluster import log_folder, own_error
@@ -29,14 +32,12 @@ RESIZE_SECONDS = 60.0  # how often a run with a range of workers asks whether th
 def fit(run: Run, job: Job, runtime: Runtime, spec: EngineSpec, progress: Progress) -> Manifest:
     """Train, take the best epoch, export, commit. `spec`: how an engine of the model's role runs, for the parity check."""
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
 
     store, (lo, hi), gpu = run.store, runtime.workers, runtime.device == "cuda"
     _check_room(runtime)
     board = ray.remote(num_cpus=0)(_Board).remote()
     feed = Feed(job.order, store, f"training/{job.work}", hi)
-    trainer = TorchTrainer(
+    trainer = (_HereTrainer if _here(runtime) else TorchTrainer)(
         worker,
         train_loop_config=replace(job, board=board),  # type: ignore[arg-type]
         datasets={"train": feed.steps},
@@ -82,6 +83,24 @@ def fit(run: Run, job: Job, runtime: Runtime, spec: EngineSpec, progress: Progre
     return manifest
 
 
+class _HereTrainer(TorchTrainer):
+    """For a Ray that this command started and will stop: what it holds then goes with it, and nobody but us waits for its news.
+
+    Ray's cleaner of placement groups asks the dashboard, which is not there, so every run would end with 12 s of waiting for it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # between looks at the workers, 2 s by default
+        super().__init__(*args, **kwargs)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
+
+
+def _here(runtime: Runtime) -> bool:
+    return not (os.environ.get("RAY_ADDRESS") or runtime.address)
+
+
 class _StopAtOurs(UserCallback):
     """Ends the run at an error of our own: what a worker says so will not be better on the next attempt."""
 
@@ -97,7 +116,7 @@ def _check_room(runtime: Runtime) -> None:
 
     cpus = ray.cluster_resources().get("CPU", 0)
     wanted = runtime.workers[1] * runtime.train_cpus
-    if runtime.address is None and len(ray.nodes()) == 1 and wanted + CPUS > cpus:
+    if _here(runtime) and wanted + CPUS > cpus:
         raise ConfigError(
             f"train_workers {runtime.workers[1]} × train_cpus {runtime.train_cpus:g} of the {cpus:g} CPUs that Ray has here leave none for reading "
             f"the data, which needs {CPUS:g}: have fewer workers, or raise local_cpus"

@@ -204,8 +204,12 @@ def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor, soft: Soft | None, h
     log_q = torch.log_softmax(logits[:, : how.shared], -1)
     dropped = _outside(logits, log_q, logits[:, how.shared :])
     del logits
-    compare = _teacher if isinstance(soft, Teacher) else _kept if isinstance(soft, Kept) else _drawn
-    value, pull, missed = compare(soft, log_q, how)  # type: ignore[operator]
+    if isinstance(soft, Teacher):
+        value, pull, missed = _teacher(soft, log_q, how)
+    elif isinstance(soft, Kept):
+        value, pull, missed = _kept(soft, log_q, how)
+    else:
+        value, pull, missed = _drawn(soft, log_q, how)
     if slope is not None:
         slope[:, : how.shared].add_(pull, alpha=soft_share * t)  # T² of the loss, 1/T of the softmax
     return torch.stack([ce, value.sum() * t**2, (dropped + missed).sum() / 2]), slope
