@@ -14,7 +14,7 @@ LAYERS = [
     {"prompts", "recipe", "storage", "artifacts", "calibration", "cluster", "console", "html", "prices"},
     {"posts", "engines"},
     {"teaching", "training", "evaluation", "labeling", "serving"},
-    {"cli", "demo", "plan", "doctor", "machines", "sweep", "lineage", "replay", "submit"},
+    {"cli", "demo", "plan", "doctor", "machines", "sweep", "lineage", "replay", "submit", "status", "observing", "run_page"},
 ]
 STAGES = LAYERS[3]
 HEAVY = {

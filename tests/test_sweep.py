@@ -21,10 +21,12 @@ from mulcot_ray.evaluation.ablation import as_csv, interval, show, summarise
 from mulcot_ray.posts.importing import import_sample
 from mulcot_ray.recipe import load_runtime
 from mulcot_ray.storage import Store
-from mulcot_ray.sweep import KINDS, Sweep, load_sweep, places, plan, real_stages, run_sweep, show_plan
+from mulcot_ray.sweep import KINDS, Sweep, Variant, load_sweep, places, plan, real_stages, run_sweep, show_plan
 
 RUNTIME = load_runtime("laptop")
-ABLATION = load_sweep("ablation")
+SHIPPED = load_sweep("ablation")
+VARIANTS = {"full method": {}, "no augmentation": {"no_augment": True}, "no soft labels": {"no_soft_labels": True}, "labels only": {"labels_only": True}}
+ABLATION = SHIPPED.model_copy(update={"variants": {k: Variant(**v) for k, v in VARIANTS.items()}})
 SMALL = ABLATION.model_copy(update={"sample": ABLATION.sample.model_copy(update={"train": 4, "validation": 2, "test": 3})})
 T2 = 4.302653  # Student's t, two degrees of freedom, 97.5 %
 
@@ -51,8 +53,11 @@ def sweep_file(tmp_path, **settings: Any) -> str:
 
 
 def test_the_built_in_ablation():
-    assert list(ABLATION.variants) == ["full method", "no augmentation", "no soft labels", "labels only"]
-    assert (ABLATION.recipe, ABLATION.posts, ABLATION.seeds, ABLATION.split) == ("tiny", "sample", (42, 43, 44), "test")
+    """Each variant has one part of the method more than the one before it."""
+    assert list(SHIPPED.variants) == ["labels only", "+ rationales", "+ augmentation", "+ soft labels"]
+    parts = [{k for k, v in x.model_dump().items() if v is True} for x in SHIPPED.variants.values()]
+    assert parts == [{"labels_only"}, {"no_augment", "no_soft_labels"}, {"no_soft_labels"}, set()]
+    assert (SHIPPED.recipe, SHIPPED.posts, SHIPPED.seeds, SHIPPED.split) == ("tiny", "sample", (42, 43, 44), "test")
 
 
 @pytest.mark.parametrize(

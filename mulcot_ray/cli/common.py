@@ -97,6 +97,9 @@ def done(store: Store, m: Manifest, fresh: bool) -> None:
     if m.kind in ("models", "evaluations", "duplicates"):
         counts = ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in m.stats.items() if isinstance(v, int | float))
     console.print(f"[green]✓[/] {where}: {counts} ({m.seconds:.1f} s)", soft_wrap=True)
+    from mulcot_ray.run_page import write_page
+
+    console.print(f"  [dim]{store.root}/{write_page(store, m)}[/]", soft_wrap=True)
     if (answers := m.stats.get("answers", {})).get("reused"):
         spared = f"{answers['reused']} answers were there already ({answers['spared_tokens_in']} + {answers['spared_tokens_out']} tokens spared)"
         console.print(f"  asked the engine {answers['asked']} times; {spared}", soft_wrap=True)
