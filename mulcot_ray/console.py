@@ -1,15 +1,18 @@
-"""What a person sees: progress on the terminal, everything that Ray and vLLM say in a file."""
+"""What a person sees: progress on the terminal, everything that Ray and vLLM say in a file; and the same for machines, as JSON lines."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -83,21 +86,75 @@ def training(title: str) -> Iterator[Callable[[int, int, dict[str, float]], None
         yield tell
 
 
+_about: ContextVar[Mapping[str, str]] = ContextVar("about", default={})  # noqa: B039  never changed, only replaced
+
+
+@contextmanager
+def about(**ids: str) -> Iterator[None]:
+    """Lines that are logged from here say what they are about: `run`, `stage`, `chunk`, … Tasks and asyncio.to_thread take it along; empty ids are
+    left out."""
+    token = _about.set({**_about.get(), **{k: v for k, v in ids.items() if v}})
+    try:
+        yield
+    finally:
+        _about.reset(token)
+
+
+class JsonLines(logging.Formatter):
+    """A line of JSON for each record: time (UTC), level, logger, message, `error` with its traceback, what it is about, and `always`."""
+
+    def __init__(self, **always: str) -> None:
+        super().__init__()
+        self.always = {k: v for k, v in always.items() if v}
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: dict[str, Any] = {"time": f"{at}.{int(record.msecs):03d}Z", "level": record.levelname, "logger": record.name}
+        line |= {"message": record.getMessage(), **self.always, **_about.get()}
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
 def log_to(folder: Path, name: str) -> Path:
-    """Send all logging and warnings of this process to FOLDER/NAME.log; the terminal keeps what we print."""
+    """Send all logging and warnings of this process to FOLDER/NAME.log, for people, and to NAME.jsonl, for machines; the terminal keeps what we print.
+
+    Returns the former, to which Ray's C++ side writes too (cluster.py).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.log"
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    text, lines = (logging.FileHandler(p, encoding="utf-8", errors="backslashreplace") for p in (path, path.with_suffix(".jsonl")))
+    text.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    lines.setFormatter(JsonLines(pid=str(os.getpid())))
+    _handle(text, lines)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the C++ side writes to the terminal of the driver
+    return path
+
+
+def log_in_worker(**ids: str) -> None:
+    """In a process of Ray's: log as JSON lines to its standard error, which Ray keeps in the session's logs (worker-….err) and shows in its dashboard.
+
+    `ids` are what all lines of this process are about; Ray's own (node, job, actor) are added.
+    """
+    import ray
+
+    context = ray.get_runtime_context()
+    ids |= {"job": context.get_job_id(), "node": context.get_node_id(), "worker": context.get_worker_id(), "actor": context.get_actor_id() or ""}
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines(**ids))
+    _handle(handler)
+
+
+def _handle(*handlers: logging.Handler) -> None:
+    """These alone get what is logged."""
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)
-    root.addHandler(handler)
+    for new in handlers:
+        root.addHandler(new)
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
     warnings.simplefilter("default")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the C++ side writes to the terminal of the driver
-    return path
 
 
 def quiet_libraries() -> None:

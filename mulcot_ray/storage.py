@@ -4,7 +4,8 @@ Two primitives carry everything else. `create` writes an object whole unless the
 that was read. Both have one winner, also among machines.
 
 What S3 may answer on a bad day (5xx, 503 SlowDown, 409, throttling, silence, a broken connection) is tried again with jitter for PATIENCE
-seconds; then, and at once where trying again cannot help, it is an ArtifactError that names bucket and key.
+seconds (against a server that takes requests and is silent: for up to 105); then, and at once where trying again cannot help, it is an
+ArtifactError that names bucket and key. Reads through `fs` are pyarrow's, which tries again for 51 s, with half a minute of silence each time.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import pyarrow.parquet as pq
 from mulcot_ray.errors import ArtifactError, ConfigError
 
 PATIENCE = 60.0  # seconds from the first attempt within which another one is begun: a restart of the server, a wave of SlowDown
+ATTEMPTS = 3  # at least: one that met silence may have used the time up
 CONNECT, SILENCE = 5.0, 30.0  # seconds that an attempt waits for a connection, and for the next byte
 LONGEST_PAUSE = 5.0
 READ_RETRIES = 11  # of pyarrow, after 0.05, 0.1, 0.2 … s: 51 s in all. Its default gives up after two, and its "standard" pauses for up to 20 s each
@@ -303,7 +305,7 @@ def _s3(what: str, bucket: str, key: str, call: Callable[[Any, int], T], absent:
         attempt += 1
         passed = time.monotonic() - begun
         pause = random.uniform(0, min(LONGEST_PAUSE, 0.1 * 2**attempt))
-        if passed + pause > PATIENCE:
+        if attempt >= ATTEMPTS and passed + pause > PATIENCE:
             raise ArtifactError(
                 f"{place}: {what} failed {attempt} times in {passed:.0f} s, last with {said}. Is the server up? The same command goes on from here"
             )

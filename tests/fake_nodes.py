@@ -62,7 +62,7 @@ class Pods(Machines):
         return None
 
     def is_running(self, node_id: str) -> bool:
-        return "node" in self._nodes.get(node_id, {})
+        return node_id in self._nodes and self._nodes[node_id]["tags"]["ray-node-name"] != "pending"
 
     def _terminate_node(self, node: dict[str, Any]) -> None:
         if "node" in node:
@@ -79,8 +79,8 @@ def watch(seen: list[float], stop: threading.Event) -> None:
             seen.append(gpus)
 
 
-def run(work: Any) -> dict[str, Any]:
-    """Do the work on the cluster of RAY_ADDRESS, then wait until all its GPUs have gone. The GPUs seen, and what the work says."""
+def run(work: Any, to_zero: bool) -> dict[str, Any]:
+    """Do the work on the cluster of RAY_ADDRESS, then perhaps wait until all its GPUs have gone. The GPUs seen, and what the work says."""
     import ray
 
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
@@ -90,7 +90,7 @@ def run(work: Any) -> dict[str, Any]:
     watcher.start()
     result = work()
     deadline = time.monotonic() + 45
-    while ray.cluster_resources().get("GPU", 0.0) > 0 and time.monotonic() < deadline:
+    while to_zero and ray.cluster_resources().get("GPU", 0.0) > 0 and time.monotonic() < deadline:
         time.sleep(0.25)
     time.sleep(0.5)
     stop.set()
@@ -98,15 +98,15 @@ def run(work: Any) -> dict[str, Any]:
     return {"gpus": seen, **result}
 
 
-def task(gpus: int) -> dict[str, Any]:
-    """A bare task that wants so many GPUs."""
+def tasks(*gpus: int) -> dict[str, Any]:
+    """Bare tasks that want so many GPUs each, all at once."""
     import ray
 
-    @ray.remote(num_gpus=gpus, num_cpus=1)
+    @ray.remote(num_cpus=1)
     def where() -> int:
         return len(ray.get_gpu_ids())
 
-    return {"had": ray.get(where.remote(), timeout=90)}
+    return {"had": ray.get([where.options(num_gpus=n).remote() for n in gpus], timeout=90)}
 
 
 def label(root: str, name: str) -> dict[str, Any]:
@@ -135,5 +135,5 @@ def label(root: str, name: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     what, *options = sys.argv[1:]
-    found = run(lambda: task(int(options[0])) if what == "task" else label(options[0], options[1]))
+    found = run(lambda: label(*options), True) if what == "label" else run(lambda: tasks(*map(int, options)), False)
     print("RESULT " + json.dumps(found))

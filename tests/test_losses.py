@@ -19,6 +19,15 @@ WAYS = [(Divergence.FORWARD_KL, 0.5), (Divergence.REVERSE_KL, 0.5), *((Divergenc
 KINDS = ["teacher", "kept", "drawn"]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These tensors are too small to share, and waiting for a second core that is busy is slow."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def between(p, q, divergence, beta):
     """Divergence of each row, from probabilities above 0."""
     if divergence is Divergence.FORWARD_KL:
@@ -42,7 +51,7 @@ def reference(hidden, weight, targets, soft, *, temperature, divergence=Divergen
     elif isinstance(soft, Kept):
         of_q = q.gather(1, soft.ids.long())
         p = torch.cat([soft.logs.double().exp(), soft.tail.double().exp()[:, None]], -1)
-        value, theirs = between(p, torch.cat([of_q, 1 - of_q.sum(-1, keepdim=True)], -1), divergence, beta), torch.zeros(())
+        value, theirs = between(p, torch.cat([of_q, q.scatter(1, soft.ids.long(), 0).sum(-1, keepdim=True)], -1), divergence, beta), torch.zeros(())
     else:
         value, theirs = -(soft.weights.double() * q.gather(1, soft.ids.long()).log()).sum(-1), torch.zeros(())
     value = temperature**2 * value.sum()
@@ -135,7 +144,7 @@ def test_any_sizes(kind, n, v, v_a, cut, k, chunk, temperature, way, lam, seed):
     """Vocabularies of different size both ways, a shared part shorter than both, one token, k up to the vocabulary's size."""
     shared = min(v, v_a) - cut
     divergence, beta = (Divergence.FORWARD_KL, 0.5) if kind == "drawn" else way
-    if kind == "kept":  # the reference's 1 - Σq leaves no digits of an empty rest
+    if kind == "kept":  # the reference has no 0 · log 0
         k = min(k, shared - 1)
     made = make(kind, n, v, v_a, seed, k=k, temperature=temperature, shared=shared)
     compare(*made, 1e-8, chunk, temperature=temperature, divergence=divergence, beta=beta, shared=shared, mix=(1 - lam, lam))
@@ -150,6 +159,10 @@ def test_gradients_are_those_of_the_values():
     """Central differences of `total` itself, apart from any reference."""
     for kind in KINDS:
         hidden, weight, targets, soft = make(kind, n=3, v_a=13)
+        if kind == "kept":  # Σp is not quite 1
+            soft = Kept(soft.ids, soft.logs.half(), soft.tail)
+        elif kind == "drawn":  # nor are importance weights as they are
+            soft = Drawn(soft.ids, soft.weights * 1.3)
         for divergence, beta in WAYS if kind != "drawn" else WAYS[:1]:
             how = {"divergence": divergence, "beta": beta, "mix": (0.7, 0.3), "chunk": 2}
             slopes = grads(answer_losses(hidden, weight, targets, soft, **how).total, hidden, weight)
@@ -215,9 +228,7 @@ def test_kept_labels_are_a_lower_bound_that_grows_with_k(seed, spread, way):
     how = {"divergence": way[0], "beta": way[1]}
     values = [float(answer_losses(hidden, weight, targets, kept(log_p, k), **how).soft) for k in (1, 3, 8, 19)]
     values.append(float(answer_losses(hidden, weight, targets, teacher, **how).soft))
-    # Where the reverse KL takes a tail for no less than 2^-23, what it lumps is not quite what the whole divergence sees.
-    slack = 1e-5 if way[0] is Divergence.REVERSE_KL else 1e-12
-    assert values[0] >= 0 and all(a <= b + slack for a, b in zip(values, values[1:], strict=False))
+    assert values[0] >= 0 and all(a <= b + 1e-12 for a, b in zip(values, values[1:], strict=False))
 
 
 @pytest.mark.parametrize(("divergence", "beta"), WAYS)
@@ -251,7 +262,8 @@ def test_odd_rows_of_kept_labels(divergence, beta):
     alone = [answer_losses(hidden[i : i + 1], weight, targets[:1], Kept(ids[i : i + 1], logs[i : i + 1], tail[i : i + 1]),
                            divergence=divergence, beta=beta).soft for i in range(4)]  # fmt: skip
     assert float(alone[0]) == pytest.approx(0, abs=1e-6) and float(sum(alone)) == pytest.approx(float(ours.soft), rel=1e-5)
-    q = torch.softmax((hidden[1] @ weight.T).double() / 2, -1)[2]
+    assert float(alone[2]) < 4 * 17  # a tail of nothing is not infinitely far
+    q = torch.softmax((hidden[1] @ weight.T).detach().double() / 2, -1)[2]
     two = between(torch.tensor([0.6, 0.4]), torch.stack([q, 1 - q]), divergence, beta)
     assert float(alone[1]) == pytest.approx(4 * float(two), rel=1e-5)
 
@@ -368,17 +380,18 @@ def test_the_gradient_of_a_bfloat16_layer_is_summed_in_float32():
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that the storage of any tensor has, of all that operations give back."""
+    """The most elements that the storage of any tensor has, of all that operations make; a view of what was there is not made."""
 
     def __init__(self):
         super().__init__()
         self.elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        there = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.numel(), x.untyped_storage().nbytes() // x.element_size())
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in there:
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
         return out
 
 
@@ -395,6 +408,9 @@ def test_whole_logits_never_exist(kind, divergence, beta, dtype):
     with Largest() as seen:
         answer_losses(hidden, weight, targets, soft, divergence=divergence, beta=beta, chunk=8).total.backward()
     assert 8 * 1000 <= seen.elements <= 8 * 1100
+    with Largest() as seen:  # nor a gradient [v, d] that nobody asked for
+        answer_losses(hidden, weight.detach(), targets, soft, divergence=divergence, beta=beta, chunk=2).total.backward()
+    assert 2 * 1000 <= seen.elements <= 2 * 1100 < 1000 * D
 
 
 # --- under FSDP2 -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mulcot_ray.artifacts import Run, begin
@@ -169,11 +169,15 @@ dump = st.lists(
         st.sampled_from([None, "x"]),
         st.sampled_from([None, "s3://p/p"]),
     ),
+    min_size=4,
     max_size=25,
 )
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(  # copies of what is carried
+    nights=[[post("1", "a"), post("2", "a")], [post("3", "a"), post("4", "a"), post("4", "a"), post("3", "b")]], buckets=2, unit_bytes=60
+)
 @given(nights=st.lists(dump, min_size=1, max_size=3), buckets=st.sampled_from([1, 2, 16]), unit_bytes=st.sampled_from([60, 400, 10_000]))
 def test_fates_equal_the_reference(nights, buckets, unit_bytes, tmp_path_factory, serial, small):
     here = tmp_path_factory.mktemp("n")
@@ -272,7 +276,7 @@ def test_parts_to_ask_are_cut_by_rows_and_bytes(tmp_path, serial, monkeypatch):
     monkeypatch.setattr(module, "TODO_ROWS", 5)
     monkeypatch.setattr(module, "TODO_BYTES", 1000)
     monkeypatch.setattr(module, "GROUP_BYTES", 500)
-    sizes = [10] * 12 + [400, 400, 400, 3000, 10, 990, 10, 999, 1]
+    sizes = [10] * 12 + [400, 400, 400, 3000, 7, 987, 10, 999, 1]
     rows = [post(str(i), f"{i:03d}") | {"image_base64": base64.b64encode(bytes([i]) * n).decode()} for i, n in enumerate(sizes)]
     store = Store(str(tmp_path / "root"))
     run = taken(store, tmp_path / "dump", "night", rows, 1, RUNTIME, unit_bytes=10**6)
@@ -284,7 +288,7 @@ def test_parts_to_ask_are_cut_by_rows_and_bytes(tmp_path, serial, monkeypatch):
     assert all(len(t["image_sha256"]) == 64 for t in todo)
     (done,) = matched(run, 1)
     # Bytes are those of text and picture: 3 of text each.
-    assert [n for _, n in done["todo_parts"]] == [5, 5, 4, 1, 1, 1, 1, 1, 1, 1]
+    assert [n for _, n in done["todo_parts"]] == [5, 5, 4, 1, 1, 2, 1, 1, 1]
     assert done["images"] == len(sizes)
 
 

@@ -1,49 +1,76 @@
-"""Order and content of the training data; real FSDP in worker processes of Ray Train."""
+"""Order and content of the training data, and what is done with it; real FSDP in worker processes of Ray Train."""
+
+import io
+import struct
+import tempfile
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from training_parts import BOTH, RECIPE, assert_same, corpus, run, settings
 
-from mulcot_ray.artifacts import begin, need
-from mulcot_ray.errors import ConfigError, RecipeChanged, TrainingError
-from mulcot_ray.posts.sample import reference_rationale
-from mulcot_ray.recipe import Lora, load_recipe
-from mulcot_ray.records import Rationale, Split, Task, from_row, to_table
-from mulcot_ray.training.data import batches, index, steps
-
-RECIPE = load_recipe("tiny")
+from mulcot_ray.artifacts import need, resolve_model
+from mulcot_ray.errors import ConfigError, RecipeChanged, RowFault, TrainingError
+from mulcot_ray.recipe import Lora
+from mulcot_ray.records import LABELS, Post, Reason, Sentiment, Split, Task
+from mulcot_ray.training import data
+from mulcot_ray.training.data import Index, Order, batch, index, permutation, steps
 
 
 @pytest.fixture(scope="module")
 def store(sample_store):
-    """The sample posts with the rule's own rationales as rationales/rule."""
-    from mulcot_ray.artifacts import Run, read_rows
-    from mulcot_ray.records import Post
+    return corpus(sample_store)
 
-    run = begin(sample_store, "rationales", "rule", {})
-    if isinstance(run, Run):
-        posts = [from_row(Post, r) for r in read_rows(sample_store, need(sample_store, "posts", "sample"))]
-        made = [reference_rationale(p) for p in posts if p.split is Split.TRAIN]
-        with run:
-            run.write_table("part-0", to_table(Rationale, made))
-            run.commit(len(made))
-    return sample_store
+
+@pytest.fixture(scope="module")
+def posts(store):
+    return index(store, need(store, "posts", "sample"), Split.TRAIN, None)
+
+
+def rows(n, groups=1, size=1):
+    """An index of n rows that are in row groups of equal size."""
+    of = np.arange(n) * groups // n
+    return Index(None, (), (), np.stack([of * 0, of * 0, of * 0 - 1, of * 0 - 1, of], 1).astype(np.int32), np.full(groups, size))
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
 
 
 def test_batches_do_not_depend_on_the_workers():
-    one = list(batches(10, 3, 4, 7, rank=0, world=1, start=0))
-    two = [np.concatenate(pair) for pair in zip(*(batches(10, 3, 4, 7, r, 2, 0) for r in (0, 1)), strict=True)]
-    assert len(one) == steps(10, 3, 4) == 7
-    assert all((a == b).all() for a, b in zip(one, two, strict=True))
+    ix = rows(10)
+    assert steps(10, 3, 4) == 7
+    for step in range(7):
+        whole = batch(ix, step, 4, 7, 0, 1)
+        for world in (2, 4):
+            assert np.concatenate([batch(ix, step, 4, 7, r, world) for r in range(world)]).tolist() == whole.tolist()
 
 
 def test_an_epoch_has_every_row_once_and_epochs_differ():
-    rows = np.concatenate(list(batches(12, 2, 4, 7, 0, 1, 0)))
-    assert sorted(rows[:12]) == sorted(rows[12:]) == list(range(12)) and list(rows[:12]) != list(rows[12:])
+    ix = rows(12)
+    seen = np.concatenate([batch(ix, s, 4, 7, 0, 1) for s in range(6)])
+    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12)) and list(seen[:12]) != list(seen[12:])
 
 
-def test_a_resumed_run_goes_on_with_the_next_batch():
-    whole = list(batches(10, 3, 4, 7, 0, 1, 0))
-    assert all((a == b).all() for a, b in zip(whole[3:], batches(10, 3, 4, 7, 0, 1, 3), strict=True))
+def test_what_does_not_fit_into_memory_is_shuffled_window_by_window(monkeypatch):
+    monkeypatch.setattr(data, "WINDOW_BYTES", 30)
+    ix = rows(400, groups=20, size=10)  # three groups fit
+    order = permutation(ix, 7, 0)
+    groups = ix.rows[order, 4]
+    assert sorted(order) == list(range(400))
+    assert [len(set(groups[at : at + 60])) for at in range(0, 360, 60)] == [3] * 6, "no group is read twice"
+    assert len(np.flatnonzero(np.diff(groups[:60]))) > 20, "rows are shuffled within the window"
+    assert sorted(set(groups[:60])) != [0, 1, 2] and permutation(ix, 7, 1).tolist() != order.tolist()
+
+
+def test_readers_keep_what_fits(posts, monkeypatch):
+    cache = data._Groups(limit=1)
+    post, _ = posts.fetch(3)
+    for group in (0, 0):
+        assert cache.get(posts.store, posts.files[0], group).num_rows == 168
+    assert len(cache.tables) == 1, "one group is kept, however large"
+    monkeypatch.setattr(data, "GROUPS", cache)
+    assert posts.fetch(3)[0] == post and cache.held == next(iter(cache.tables.values())).nbytes
 
 
 def test_index_joins_posts_and_rationales(store):
@@ -57,149 +84,128 @@ def test_index_joins_posts_and_rationales(store):
         index(store, need(store, "posts", "sample"), Split.UNLABELED, None)
 
 
-def test_example_supervises_the_answer_and_its_end(store):
-    from mulcot_ray.artifacts import resolve_model
-    from mulcot_ray.posts.images import post_image
-    from mulcot_ray.records import Sentiment
-    from mulcot_ray.training.examples import IGNORE, encode_picture, supervised
+# --- content ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder(store):
+    from mulcot_ray.training.examples import Encoder
     from mulcot_ray.training.model import load_processor
 
-    processor = load_processor(str(resolve_model(store, "builtin:student")[0]))
-    post, _ = index(store, need(store, "posts", "sample"), Split.TRAIN, None).fetch(0)
-    picture = encode_picture(processor, post_image(post, 84))
-    answer = RECIPE.contract.answer(Task.CLASSIFICATION, Sentiment.POSITIVE)
-    e = supervised(processor, RECIPE.contract, Task.CLASSIFICATION, post, Sentiment.POSITIVE, answer, picture, 512)
+    return Encoder(load_processor(str(resolve_model(store, "builtin:student")[0])), RECIPE.contract, 512)
+
+
+@pytest.fixture(scope="module")
+def collate(store, encoder):
+    from mulcot_ray.training.collate import Collate
+    from mulcot_ray.training.packing import Packer
+
+    return Collate(encoder, Packer(str(resolve_model(store, "builtin:student")[0])), BOTH, 2, True, None)
+
+
+def test_example_supervises_the_answer_and_its_end(posts, encoder):
+    from mulcot_ray.training.examples import IGNORE
+
+    post, _ = posts.fetch(0)
+    e = encoder.classification(post)
     told = e.ids[e.labels != IGNORE]
-    assert processor.tokenizer.decode(told) == '"Prediction": "positive"<|im_end|>'
-    assert int((e.ids == processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")).sum()) == 9  # 84² / 784
-    text = processor.tokenizer.decode(e.ids)
+    tok = encoder.processor.tokenizer
+    assert tok.decode(told) == f'"Prediction": "{post.label}"<|im_end|>'
+    assert int((e.ids == tok.convert_tokens_to_ids("<|image_pad|>")).sum()) == 9  # 84² / 784
+    text = tok.decode(e.ids)
     assert text.index("Classify the feeling") < text.index("<|image_pad|>") < text.index("Target:")
 
 
-def _curve(store, name, posts="sample", **options):
-    import json
+def test_a_row_survives_the_way_to_the_worker(store):
+    from mulcot_ray.training.feed import Row, pack, read_row, unpack
 
-    from mulcot_ray.training.stages import train
-
-    settings, tasks, workers, assistant = options["settings"], options["tasks"], options["workers"], options.get("assistant")
-    runtime = options["runtime"].model_copy(update={"train_workers": workers, "micro_batch": options.get("micro", 8)})
-    seen = []
-    manifest, fresh = train(store, name, posts, ["rule"], "builtin:student", assistant, settings, tasks, RECIPE, runtime, lambda *a: seen.append(a))
-    return json.loads(store.read(f"models/{name}/history.json")), manifest, fresh, seen
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_two_processes_equal_one(store, runtime, ray_session, method):
-    """FSDP over two workers gives the losses of one worker, step by step, with soft labels and both tasks."""
-    lora = Lora(r=4, alpha=8, label_words=True) if method == "lora" else None
-    settings = RECIPE.student.model_copy(update={"epochs": 1, "global_batch": 32, "method": method, "lora": lora})
-    common = dict(settings=settings, tasks=(Task.REASONING, Task.CLASSIFICATION), runtime=runtime, assistant="builtin:assistant")
-    one, *_ = _curve(store, f"{method}-1", workers=1, **common)
-    two, manifest, fresh, seen = _curve(store, f"{method}-2", workers=2, micro=4, **common)
-    assert fresh and len(one["steps"]) == len(two["steps"]) == 3
-    for a, b in zip(one["steps"], two["steps"], strict=True):
-        assert a == pytest.approx(b, rel=2e-4), "losses, learning rate and gradient norm"
-    assert a["kl_rea"] > 0 and a["loss"] == pytest.approx(0.7 * (a["ce_rea"] + a["ce_cls"]) + 0.3 * (a["kl_rea"] + a["kl_cls"]), rel=1e-4)
-    assert one["validation"][0]["accuracy"] == pytest.approx(two["validation"][0]["accuracy"])
-    assert (seen[-1][0], seen[-1][1]) == (3, 3)
-    assert {"config.json", "model.safetensors", "tokenizer.json", "contract.json", "README.md"} <= set(manifest.files)
-    assert ("adapter/adapter_model.safetensors" in manifest.files) == (method == "lora")
-    assert not store.files("training")
-    assert _curve(store, f"{method}-2", workers=1, **common)[2] is False  # same identity on another number of workers: done already
-    with pytest.raises(RecipeChanged, match="train.lr"):
-        _curve(store, f"{method}-2", workers=2, **(common | {"settings": settings.model_copy(update={"lr": 1.0})}))
+    both = index(store, need(store, "posts", "sample"), Split.TRAIN, [need(store, "rationales", "rule")])
+    good = read_row(Order(both, 1, 8, 42, 84), 5)
+    bare = Row(6, Post("p", "s", "text", label=Sentiment.NEUTRAL), None, None)
+    bad = Row(7, bare.post, None, None, RowFault(Reason.IMAGE_UNREADABLE, "not a picture"))
+    numbers, (first, second, third) = unpack(pack([good, bare, bad], 3), 84)
+    assert numbers == [3, 3, 3] and [r.number for r in (first, second, third)] == [5, 6, 7]
+    assert first.picture.tobytes() == good.picture.tobytes() and first.rationale == good.rationale and first.post.text == good.post.text
+    assert first.post.has_image and len(first.post.image_bytes) < 10, "the prompt has a picture; the compressed one stays behind"
+    assert second.post == bare.post and second.picture is None and second.fault is None
+    assert third.fault.reason is Reason.IMAGE_UNREADABLE and third.fault.detail == "not a picture"
 
 
-@pytest.mark.ray
-def test_the_exported_model_is_the_trained_one(store, runtime, ray_session):
-    """Loaded by plain transformers, the export gives the validation accuracy that training reported."""
+def test_every_worker_has_as_many_micro_batches_whatever_its_rows_are(store, collate):
+    """Collectives have to meet: rows that cannot be used and posts without a picture change what a micro-batch holds, not their number."""
+    from mulcot_ray.training.feed import Row, pack, read_row
+
+    both = index(store, need(store, "posts", "sample"), Split.TRAIN, [need(store, "rationales", "rule")])
+    made = [read_row(Order(both, 1, 8, 42, 84), i) for i in range(4)]
+    fault = RowFault(Reason.IMAGE_UNREADABLE, "x")
+    bare = [Row(r.number, Post(r.post.post_id, "s", r.post.text, r.post.aspect, label=r.post.label), r.rationale, None) for r in made]
+    usual, worst, plain = (collate(pack(x, 0)) for x in (made, [Row(r.number, r.post, r.rationale, None, fault) for r in made], bare))
+    assert [len(s.micro) for s in (usual, worst, plain)] == [2, 2, 2]
+    assert (usual.posts, usual.skipped, worst.posts, worst.skipped, plain.skipped) == (4, 0, 0, 4, 0)
+    assert all(m.answers == (0, 0) and m.patches == 36 for m in worst.micro), "a blank picture, and nothing to learn"
+    assert all(m.patches == 36 and min(m.answers) > 0 for m in plain.micro)
+    assert [m.patches for m in usual.micro] == [72, 72]
+
+
+def test_prompts_to_answer_are_padded_on_the_left(posts, encoder):
+    from mulcot_ray.training.validation import prompts
+
+    examples = [encoder.classification(posts.fetch(i)[0]) for i in range(3)]
+    made = prompts(examples, encoder.blank(), 0, encoder.processor.tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    texts = encoder.processor.tokenizer.batch_decode(made["input_ids"])
+    assert all(t.endswith("<|im_start|>assistant\n") for t in texts) and made["attention_mask"][:, -1].all()
+    assert made["pixel_values"].shape[0] == 3 * 36 and int(made["mm_token_type_ids"].sum()) == 27
+
+
+def test_figures_are_those_of_scikit_learn(encoder):
+    from sklearn.metrics import accuracy_score, f1_score
+
+    from mulcot_ray.training.validation import figures, stated
+
+    rng = np.random.default_rng(1)
+    gold, said = rng.integers(0, 3, 50).tolist(), rng.integers(-1, 3, 50).tolist()
+    found = figures(list(zip(gold, said, strict=True)))
+    assert found["accuracy"] == pytest.approx(accuracy_score(gold, said))
+    assert found["macro_f1"] == pytest.approx(f1_score(gold, said, labels=[0, 1, 2], average="macro"))
+    assert [stated(RECIPE.contract, t) for t in ('"Prediction": "positive"', '"Prediction": "fine"', "")] == [2, -1, -1]
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_trains_is_counted(store):
+    """FLOPs: 6·N of a model trained whole, 2·N of a frozen one, between them under LoRA; of a vision tower only what has a gradient."""
+    from mulcot_ray.training.metrics import cost
+    from mulcot_ray.training.model import build, core, load
+
+    folder = str(resolve_model(store, "builtin:student")[0])
+    model = load(folder)
+    text = sum(p.numel() for p in model.model.language_model.layers.parameters())
+    whole, frozen = cost(model, frozen=False), cost(model, frozen=True)
+    assert (whole.token, frozen.token) == (6 * text, 2 * text) and whole.answer == 3 * frozen.answer == 6 * 1259 * 96
+    assert whole.of(10, 4, 2) == 10 * whole.token + 4 * whole.patch + 2 * whole.answer
+    adapted = build(folder, settings().model_copy(update={"lora": Lora(r=4, alpha=8)}), RECIPE.contract)
+    adapters = sum(p.numel() for p in core(adapted).parameters() if p.requires_grad)
+    assert cost(adapted, frozen=False).token == 4 * text + 6 * adapters
+    assert cost(adapted, frozen=False).patch == frozen.patch
+    merger = build(folder, settings().model_copy(update={"lora": Lora(r=4, alpha=8, projector=True)}), RECIPE.contract)
+    trained = {n for n, p in merger.named_parameters() if p.requires_grad and "lora" not in n}
+    assert trained and all("visual.merger" in n for n in trained) and frozen.patch < cost(merger, frozen=False).patch < whole.patch
+
+
+def test_frozen_weights_take_half_and_what_trains_does_not(store):
     import torch
 
-    from mulcot_ray.artifacts import resolve_model
-    from mulcot_ray.posts.images import post_image
-    from mulcot_ray.prompts import label_token_ids
-    from mulcot_ray.records import LABELS
-    from mulcot_ray.training.examples import collate, encode_picture, supervised
-    from mulcot_ray.training.model import load, load_processor
+    from mulcot_ray.training.model import build
 
-    settings = RECIPE.student.model_copy(update={"epochs": 2, "global_batch": 16})
-    _, manifest, *_ = _curve(store, "export", settings=settings, tasks=(Task.CLASSIFICATION,), workers=2, runtime=runtime)
-    folder = str(resolve_model(store, "export")[0])
-    model, processor = load(folder).eval(), load_processor(folder)
-    words, right = label_token_ids(processor.tokenizer, RECIPE.contract), 0
-    validation = index(store, need(store, "posts", "sample"), Split.VALIDATION, None)
-    for i in range(len(validation)):
-        post, _ = validation.fetch(i)
-        answer = RECIPE.contract.answer(Task.CLASSIFICATION, post.label)
-        e = supervised(
-            processor, RECIPE.contract, Task.CLASSIFICATION, post, post.label, answer, encode_picture(processor, post_image(post, 84)), 512
-        )
-        batch = collate([e], 0, model.config.image_token_id)
-        at = next(t for t in range(len(e.labels)) if e.labels[t] in words)
-        del batch["labels"]
-        with torch.no_grad():
-            right += LABELS[int(model(**batch).logits[0, at - 1, words].argmax())] is post.label
-    assert right / len(validation) == pytest.approx(manifest.stats["accuracy"])
+    model = build(str(resolve_model(store, "builtin:student")[0]), settings(), RECIPE.contract, torch.bfloat16)
+    assert {(p.requires_grad, p.dtype) for p in model.parameters()} == {(True, torch.float32), (False, torch.bfloat16)}
 
 
-@pytest.mark.ray
-def test_a_killed_worker_costs_at_most_an_epoch_and_changes_nothing(store, runtime, ray_session, tmp_path):
-    """SIGKILL one worker in the second epoch: Ray Train restarts both from the checkpoint, and the curve is the undisturbed one."""
-    settings = RECIPE.student.model_copy(update={"epochs": 2, "global_batch": 32, "schedule": "plateau"})
-    common = dict(settings=settings, tasks=(Task.CLASSIFICATION,), workers=2)
-    whole, *_ = _curve(store, "undisturbed", runtime=runtime, **common)
-    killed, *_ = _curve_with_kill(store, "killed", runtime, common, step=4)
-    assert [s["step"] for s in killed["steps"]] == [1, 2, 3, 4, 5, 6]
-    for a, b in zip(whole["steps"], killed["steps"], strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
+def test_models_must_be_of_one_kind(store, tmp_path):
+    import json
 
-
-def _curve_with_kill(store, name, runtime, common, step):
-    """As _curve; a thread kills a training worker once `step` is reached."""
-    import os
-    import signal
-    import threading
-
-    import psutil
-
-    done = threading.Event()
-
-    def kill():
-        while not done.wait(0.05):
-            workers = [p for p in psutil.process_iter(["cmdline", "name"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
-            if workers and hits and hits[-1] >= step:
-                os.kill(workers[0].pid, signal.SIGKILL)
-                return
-
-    hits: list[int] = []
-    thread = threading.Thread(target=kill)
-    thread.start()
-    from mulcot_ray.training import stages
-
-    original = stages._watch
-
-    def watch(board, progress, stop):
-        original(board, lambda *a: (hits.append(a[0]), progress(*a)), stop)
-
-    stages._watch = watch
-    try:
-        return _curve(store, name, runtime=runtime, **common)
-    finally:
-        stages._watch = original
-        done.set()
-        thread.join()
-
-
-def test_a_batch_that_does_not_divide_is_refused_before_anything_starts(store, runtime):
-    with pytest.raises(ConfigError, match="global_batch 15.*train_workers 2"):
-        _curve(
-            store, "odd", settings=RECIPE.student.model_copy(update={"global_batch": 15}), tasks=(Task.CLASSIFICATION,), workers=2, runtime=runtime
-        )
-
-
-def test_vocabularies_must_agree():
-    from mulcot_ray.training.model import check_vocabularies
+    from mulcot_ray.training.model import check_alike, check_vocabularies
 
     class Words:
         def __init__(self, *words):
@@ -208,6 +214,143 @@ def test_vocabularies_must_agree():
         def get_vocab(self):
             return {w: i for i, w in enumerate(self.words)}
 
-    check_vocabularies(Words("a", "b"), Words("a", "b", "c"))
+    assert check_vocabularies(Words("a", "b"), Words("a", "b", "c")) == 2
     with pytest.raises(TrainingError, match="differ in 1 ids.*'b'.*'x'"):
         check_vocabularies(Words("a", "b"), Words("a", "x"))
+    folder = resolve_model(store, "builtin:student")[0]
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"image_token_id": 3}))
+    check_alike(str(folder), str(folder))
+    with pytest.raises(TrainingError, match="cannot share a batch: image_token_id is .* for the student and 3 for the assistant"):
+        check_alike(str(folder), str(tmp_path))
+
+
+def test_the_table_and_the_tensorboard_file_hold_every_step():
+    from tensorboardX.proto.event_pb2 import Event
+
+    from mulcot_ray.training.metrics import EventFile, curve, from_parquet, to_parquet
+
+    made = [{"step": i, "epoch": 0, "time": 100.0 + i, "loss": 1 / i} | ({"accuracy": 0.5} if i == 2 else {}) for i in (1, 2)]
+    assert from_parquet(to_parquet(made)) == made and from_parquet(to_parquet([])) == []
+    many = [{"step": i} for i in range(1, 5002)]
+    assert 1500 < len(curve(many)) <= 2000 and curve(many)[-1] == many[-1] and curve(made) == made
+    file = EventFile(made)
+    file.add({"step": 3, "time": 104.0, "mfu": 0.25})
+    raw, events = bytes(file.data), []
+    while raw:
+        (size,) = struct.unpack("Q", raw[:8])
+        events.append(Event.FromString(raw[12 : 12 + size]))
+        raw = raw[16 + size :]
+    assert events[0].file_version == "brain.Event:2"
+    found = [(e.step, v.tag, v.simple_value) for e in events[1:] for v in e.summary.value]
+    assert found == [(1, "train/loss", 1.0), (2, "train/loss", 0.5), (2, "validation/accuracy", 0.5), (3, "speed/mfu", 0.25)]
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("says", "options"),
+    [
+        ("global_batch 15.*train_workers 2 of the runtime$", {"workers": 2, "train": settings(global_batch=15)}),
+        ("global_batch 16.*train_workers 3 of the runtime, which may have 2 to 4", {"workers": (2, 4), "train": settings(global_batch=16)}),
+        ("divergence jsd with keep: sampled", {"distill": {"soft_labels": "cached", "keep": "sampled", "divergence": "jsd"}}),
+        ("96 rows × 1 epochs do not fill one batch of 200", {"train": settings(global_batch=200)}),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(store, runtime, says, options):
+    with pytest.raises(ConfigError, match=says):
+        run(store, "odd", runtime, **options)
+    assert not store.files("training")
+
+
+def test_workers_must_leave_room_for_the_data(store, runtime, ray_session):
+    with pytest.raises(ConfigError, match="train_workers 4 × train_cpus 1 of the 4 CPUs .* leave none for reading"):
+        run(store, "crowded", runtime, workers=4)
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_workers_micro_batches_and_packing_change_nothing(store, runtime, ray_session):
+    """Both tasks, soft labels online, LoRA: the same curve by one, two and three workers, cut in every way."""
+    seen = []
+    one, history, manifest = run(store, "one", runtime, workers=1, micro=4, seen=seen)
+    two, rows, _ = run(store, "two", runtime, workers=2, micro=2, packed=False, checkpointing=True, reshard=True, loss_chunk=5)
+    three, packed, _ = run(store, "three", runtime, workers=3, micro=1)
+    assert_same(one, two)
+    assert_same(one, three)
+    tokens = [[s["tokens"] for s in h["steps"]] for h in (history, rows, packed)]
+    assert tokens[0] == tokens[2] and all(a < b for a, b in zip(tokens[0], tokens[1], strict=True))
+    assert len(one) == 4 and one[-1]["posts"] == 24 and one[0]["dropped"] == 0
+    for s in one:
+        assert s["kl_rea"] > 0 and s["loss"] == pytest.approx(0.7 * (s["ce_rea"] + s["ce_cls"]) + 0.3 * (s["kl_rea"] + s["kl_cls"]), rel=1e-5)
+    assert one[-1]["loss"] < one[0]["loss"]
+    # What a person watches, and what is left of the run.
+    assert [s[:2] for s in seen] == [(1, 4), (2, 4), (3, 4), (4, 4), (4, 4)] and {"tokens_s", "loss", "waited"} <= set(seen[0][2])
+    table = pq.read_table(io.BytesIO(store.read("models/one/history/metrics.parquet"))).to_pylist()
+    assert [r["loss"] for r in table] == [s["loss"] for s in history["steps"]] and table[-1]["accuracy"] == manifest.stats["accuracy"]
+    wanted = {"config.json", "model.safetensors", "tokenizer.json", "contract.json", "README.md", "adapter/adapter_model.safetensors"}
+    assert wanted <= set(manifest.files) and any("tfevents" in f for f in manifest.files)
+    assert not store.files("training") and not list(Path(tempfile.gettempdir()).glob("mulcot-checkpoints/one-*"))
+    same = {"store": store, "name": "one", "posts": "sample", "rationales": ["rule"], "base": "builtin:student", "assistant": "builtin:assistant"}
+    from mulcot_ray.training.stages import train
+
+    rest = {"tasks": BOTH, "recipe": RECIPE, "runtime": runtime, "progress": print}
+    assert train(**same, settings=settings(), **rest)[1] is False, "the same identity by another number of workers: done already"
+    with pytest.raises(RecipeChanged, match="train.lr"):
+        train(**same, settings=settings(lr=1.0), **rest)
+
+
+@pytest.mark.ray
+def test_cached_soft_labels_train_like_the_assistant(store, runtime, ray_session):
+    """From the table, whole vocabulary kept but for rounding to fp16; the assistant is not loaded. The model is trained whole."""
+    full = settings(method="full", lora=None, lr=5e-4)
+    online, _, _ = run(store, "online", runtime, workers=1, train=full)
+    cached, _, manifest = run(store, "cached", runtime, workers=2, micro=5, train=full, distill={"soft_labels": "cached", "top_k": 1259})
+    assert_same(online, cached, tolerance=2e-3)
+    assert manifest.identity["distill"]["soft_labels"] == "cached" and "adapter/adapter_model.safetensors" not in manifest.files
+    assert len(store.names("softlabels")) == 1
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_the_export_is_the_trained_model(store, runtime, ray_session):
+    """Reverse KL, the vision projector beside LoRA, the best epoch by what the model writes; vLLM and plain transformers agree about the export."""
+    import torch
+
+    from mulcot_ray.prompts import label_token_ids
+    from mulcot_ray.training.collate import make
+    from mulcot_ray.training.model import load
+    from mulcot_ray.training.packing import Packer, answer_rows, last_hidden
+    from mulcot_ray.training.validation import CLASSIFY
+
+    train = settings(epochs=2, lora=Lora(r=4, alpha=8, label_words=True, projector=True, dropout=0.1), select_by="generated", schedule="plateau")
+    _, history, manifest = run(store, "exported", runtime, workers=2, train=train, distill={"divergence": "reverse_kl"}, parity_posts=4)
+    assert (
+        "probabilities of 4 posts differ by" in manifest.stats["parity"]
+        and manifest.stats["parity"] in store.read("models/exported/README.md").decode()
+    )
+    assert len(history["validation"]) == 2 and all({"unparsed", "scored_accuracy", "accuracy"} <= set(v) for v in history["validation"])
+    best = max(history["validation"], key=lambda v: (v["accuracy"], v["macro_f1"]))
+    assert manifest.stats["accuracy"] == best["accuracy"]
+    folder, base = str(resolve_model(store, "exported")[0]), str(resolve_model(store, "builtin:student")[0])
+    model, before = load(folder).eval(), load(base)
+    assert not torch.equal(model.model.visual.merger.mlp[0].weight, before.model.visual.merger.mlp[0].weight)
+    assert torch.equal(model.model.visual.blocks[0].mlp.up_proj.weight, before.model.visual.blocks[0].mlp.up_proj.weight)
+    from mulcot_ray.training.examples import Encoder
+    from mulcot_ray.training.model import load_processor
+
+    encoder, packer = Encoder(load_processor(folder), RECIPE.contract, 512), Packer(folder)
+    words, right = label_token_ids(encoder.processor.tokenizer, RECIPE.contract), 0
+    validation = index(store, need(store, "posts", "sample"), Split.VALIDATION, None)
+    for i in range(len(validation)):
+        post, _ = validation.fetch(i)
+        micro = make(packer, [{Task.CLASSIFICATION: encoder.classification(post)}], CLASSIFY, False, {}, None, ())
+        with torch.no_grad():
+            hidden, targets = answer_rows(last_hidden(model, micro.batch), micro.batch)[0]
+        logits = (hidden[torch.isin(targets, torch.tensor(words))] @ model.lm_head.weight.T)[0, words]
+        right += LABELS[int(logits.argmax())] is post.label
+    chosen = next(v for v in history["validation"] if v["epoch"] == manifest.stats["epoch"])
+    assert right / len(validation) == pytest.approx(chosen["scored_accuracy"])

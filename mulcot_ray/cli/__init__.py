@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from mulcot_ray.cli import judging, nights, stages  # noqa: F401  in the order of --help; they hang their commands on the program
+from mulcot_ray.cli import judging, nights, operating, stages  # noqa: F401  in the order of --help; they hang their commands on the program
 from mulcot_ray.cli.common import app, failed
 from mulcot_ray.errors import MulcotError
 

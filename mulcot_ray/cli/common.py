@@ -63,7 +63,7 @@ def stage(root: str, log: str) -> Iterator[Store]:
     path: Path | None = None
     try:
         store = Store(root)
-        folder = Path(store.base) / "logs" if not store.is_s3 else Path(tempfile.gettempdir()) / f"mulcot-{os.getuid()}" / "logs"
+        folder = logs_of(store)
         try:
             path = log_to(folder, "".join(c if c.isalnum() or c in "._-" else "_" for c in log))
         except OSError as e:
@@ -74,6 +74,11 @@ def stage(root: str, log: str) -> Iterator[Store]:
     except KeyboardInterrupt:
         console.print("\n[yellow]Interrupted.[/] Nothing is lost: the same command goes on from here.")
         raise typer.Exit(130) from None
+
+
+def logs_of(store: Store) -> Path:
+    """Where the commands of this machine leave their logs: under the root, or in a temporary folder where that is on S3."""
+    return Path(store.base) / "logs" if not store.is_s3 else Path(tempfile.gettempdir()) / f"mulcot-{os.getuid()}" / "logs"
 
 
 def failed(error: MulcotError, log: Path | None = None) -> typer.Exit:

@@ -168,6 +168,24 @@ def augment(
 
 
 @app.command()
+def soften(
+    posts: Posts,
+    rationales: Annotated[list[str], typer.Option("--rationales", help="The rationale tables that the student will learn from; repeat for several.")],
+    assistant: Annotated[str, typer.Option("--assistant", help="The trained assistant.")],
+    root: Root = "runs", recipe: RecipeOption = "tiny", runtime: RuntimeOption = "laptop", name: Name = None,
+) -> None:  # fmt: skip
+    """Write the assistant's soft labels once, to train from without it (a recipe with `distill: {soft_labels: cached}` does so by itself)."""
+    from mulcot_ray.training.soften import soften as run
+
+    r, t = load_recipe(recipe), load_runtime(runtime)
+    with stage(root, f"soften-{name or posts}") as store, rows("soften") as progress:
+        manifest, fresh = run(
+            store, name or f"{posts}.soft", posts=posts, rationales=rationales, assistant=assistant, recipe=r, runtime=t, progress=progress
+        )
+    done(store, manifest, fresh)
+
+
+@app.command()
 def student(
     posts: Posts,
     rationales: Annotated[list[str] | None, typer.Option("--rationales", help="Rationale tables to learn from; repeat for several.")] = None,

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -28,11 +29,13 @@ from PIL import Image
 
 from mulcot_ray.artifacts import Manifest, Run, parquet_bytes
 from mulcot_ray.cluster import log_folder, own_error, session
+from mulcot_ray.console import about, log_in_worker
 from mulcot_ray.engines.answers import Answers
 from mulcot_ray.engines.base import Completion, Engine, EngineSpec, Messages, Sampling, Scores, open_engine
 from mulcot_ray.engines.pace import DEFER, PLAIN, Pace
 from mulcot_ray.engines.sizing import sequences
 from mulcot_ray.errors import ConservationError, EngineError, InputError, RowFault
+from mulcot_ray.observing import RESTARTS, Meter, Watch, add
 from mulcot_ray.posts.images import post_image
 from mulcot_ray.recipe import Runtime
 from mulcot_ray.records import Post, Prediction, Rationale, Reason, Reject, Split, from_row, to_table
@@ -43,6 +46,7 @@ CAREFUL = 3  # the attempt at a chunk from which on it is done a row at a time
 LIVES = 8  # attempts that one actor gives a chunk; a killer row is found in the fifth
 TALLY, REJECTS = b"mulcot", b"mulcot.rejects"  # keys in a part's Parquet metadata: its counts, and the name of the file of its rejects
 THREADS = 32  # per actor, for reading, decoding and the answer cache: they wait more than they work
+log = logging.getLogger(__name__)
 
 
 class Work(Protocol):
@@ -86,6 +90,16 @@ class Target:
     stage: str
     owner: str
     rows_per_chunk: int
+
+    @property
+    def run(self) -> str:
+        """The result that this is for, in logs and metrics."""
+        return self.prefix.partition("/work/")[0]
+
+    @property
+    def role(self) -> str:
+        """Who answers, where several do one after the other (labeling/scoring.py has a folder for each); empty elsewhere."""
+        return self.prefix.partition("/work/")[2]
 
 
 def target_of(run: Run) -> Target:
@@ -147,9 +161,13 @@ def run_chunks(
     if todo:
         lo, hi = runtime_replicas(spec, len(todo))
         brake = f"{target.prefix}/attempts/{target.owner}/brake"
-        if pace is not None and (word := pace.begin(spec, tally["rows_in"], total)):
+        purse = pace or _purse(spec)
+        before = purse.spent if purse is not None else 0.0
+        if purse is not None and (word := purse.begin(spec, tally["rows_in"], total)):
             store.write(brake, word)
-        with session(runtime):
+        with session(runtime), about(run=target.run, stage=target.stage, role=target.role):
+            watch = Watch(target.run, target.stage, target.role)
+            watch.rows(tally["rows_in"], total)
             context = ray.data.DataContext.get_current()
             context.enable_progress_bars = False
             context.print_on_execution_start = False
@@ -173,8 +191,10 @@ def run_chunks(
                         tally.update(json.loads(counts))
                         named.add(str(rejects))
                     progress(tally["rows_in"] + tally["deferred"], total, tally["rejects"])
-                    if pace is not None and (word := pace.look(tally["rows_in"], total, hi)):
+                    if purse is not None and (word := purse.look(tally["rows_in"], total, hi)):
                         store.write(brake, word)
+                    watch.rows(tally["rows_in"] + tally["deferred"], total)
+                    watch.usd(purse.spent - before if purse is not None else 0.0)
             except Exception as e:
                 raise own_error(e) or EngineError(f"the workers failed: {type(e).__name__}. Logs: {log_folder()}") from e
     if tally["rows_in"] + tally["deferred"] != total:
@@ -219,6 +239,12 @@ def commit_part(store: Store, target: str, part: str, kind: Any, kept: list[Any]
     return Commit(tally, name) if store.create(key, parquet_bytes(table)) else read_commits(store, [key])[0]
 
 
+def _purse(spec: EngineSpec) -> Pace | None:
+    """Adds up what a run without limits costs. None: the price table does not know its machines."""
+    found = Pace()
+    return found if spec.runtime.accelerator in found.prices.accelerators else None
+
+
 def _apart(store: Store, chosen: Selection) -> int:
     """How many rows of the split are left to their representatives."""
     if chosen.apart is None:
@@ -234,7 +260,8 @@ class ChunkWorker:
     """The Ray Data actor: one engine, several chunks at a time."""
 
     def __init__(self, target: Target, source: str, chosen: Selection, spec: EngineSpec, work: Work, cache: bool, brake: str) -> None:
-        self.store, self.target, self.stage = target.store, target.prefix, target.stage
+        log_in_worker(run=target.run, stage=target.stage, role=target.role)
+        self.store, self.target, self.stage, self.role = target.store, target.prefix, target.stage, target.role
         self.attempts = f"{target.prefix}/attempts/{target.owner}"
         self.source, self.chosen, self.work, self.brake = source, chosen, work, brake
         self.spec, self.side = spec, spec.contract.image.side
@@ -250,28 +277,39 @@ class ChunkWorker:
         if self.pool is None:
             self.pool = ThreadPoolExecutor(THREADS, "chunk")
             asyncio.get_running_loop().set_default_executor(self.pool)
-        done = [await self._chunk(Chunk(str(f), int(lo), int(hi))) for f, lo, hi in zip(batch["file"], batch["lo"], batch["hi"], strict=True)]
+        done = []
+        for f, lo, hi in zip(batch["file"], batch["lo"], batch["hi"], strict=True):
+            chunk = Chunk(str(f), int(lo), int(hi))
+            with about(chunk=chunk.part):
+                done.append(await self._chunk(chunk))
         return {"tally": [json.dumps(c.tally) for c in done], "rejects": [c.rejects for c in done]}
 
     async def _chunk(self, chunk: Chunk) -> Commit:
         started = time.time()
         word = await asyncio.to_thread(self.store.read, self.brake)
         posts, kept = await asyncio.to_thread(self._read, chunk)
+        engine = Answers(self.engine, self.spec, self.cache)
+        meter = Meter(self.stage, self.role, engine.tally)
         if word == DEFER:
+            meter.row("deferred", len(posts))
+            meter.tell()
             return Commit(Counter(deferred=len(posts)), "")
         work = self.work.plain() if word == PLAIN else self.work
         asked = [p for p in posts if p.post_id not in kept]
-        engine = Answers(self.engine, self.spec, self.cache)
         for life in range(LIVES):
             attempt = await asyncio.to_thread(self._begin, chunk)
             alive = self.engine.generation
             try:
-                results = await (self._at_once(engine, work, asked) if attempt < CAREFUL else self._carefully(engine, work, chunk, asked))
+                results = await (
+                    self._at_once(engine, work, asked, meter) if attempt < CAREFUL else self._carefully(engine, work, chunk, asked, meter)
+                )
                 break
-            except EngineError:
+            except EngineError as e:
                 if self.engine.shut is not None or life == LIVES - 1:
                     raise
-                await self.engine.replace(alive)
+                if await self.engine.replace(alive):
+                    log.warning("attempt %d: the engine died and is opened again: %s", attempt, e)
+                    add(RESTARTS, 1, stage=self.stage, role=self.role)
         found = kept | {p.post_id: r for p, r in zip(asked, results, strict=True)}
         rejected = [r for r in found.values() if isinstance(r, Reject)]
         tally = Counter[str](rows_in=len(posts), rejects=len(rejected), milliseconds=round((time.time() - started) * 1000))
@@ -279,27 +317,34 @@ class ChunkWorker:
         for post in posts:
             tally.update(work.tally(post, found[post.post_id]))
         rows = [r for r in (found[p.post_id] for p in posts) if not isinstance(r, Reject)]
-        return await asyncio.to_thread(commit_part, self.store, self.target, chunk.part, work.kind, rows, rejected, tally)
+        commit = await asyncio.to_thread(commit_part, self.store, self.target, chunk.part, work.kind, rows, rejected, tally)
+        seconds = time.time() - started
+        meter.done(seconds)
+        log.info("%d rows, %d rejected, in %.1f s", len(posts), len(rejected), seconds)
+        return commit
 
-    async def _at_once(self, engine: Engine, work: Work, posts: list[Post]) -> list[Any]:
-        results = await asyncio.gather(*(self._placed(engine, work, p) for p in posts), return_exceptions=True)
+    async def _at_once(self, engine: Engine, work: Work, posts: list[Post], meter: Meter) -> list[Any]:
+        results = await asyncio.gather(*(self._placed(engine, work, p, meter) for p in posts), return_exceptions=True)
         for r in results:
             if isinstance(r, BaseException):
                 raise r
         return results
 
-    async def _placed(self, engine: Engine, work: Work, post: Post) -> Any:
+    async def _placed(self, engine: Engine, work: Work, post: Post, meter: Meter) -> Any:
         async with self.limit:
-            return await self._row(engine, work, post)
+            return await self._row(engine, work, post, meter)
 
-    async def _row(self, engine: Engine, work: Work, post: Post) -> Any:
+    async def _row(self, engine: Engine, work: Work, post: Post, meter: Meter) -> Any:
         try:
             image = await asyncio.to_thread(post_image, post, self.side) if post.has_image else None
-            return await work(engine, post, image)
+            result = await work(engine, post, image)
         except RowFault as f:
+            meter.row(f.reason)
             return Reject(post.post_id, self.stage, f.reason, f.detail, f.raw, f.attempts)
+        meter.row()
+        return result
 
-    async def _carefully(self, engine: Engine, work: Work, chunk: Chunk, posts: list[Post]) -> list[Any]:
+    async def _carefully(self, engine: Engine, work: Work, chunk: Chunk, posts: list[Post], meter: Meter) -> list[Any]:
         """A row at a time, with no other row in the engine. The scene (which row is being asked) is written before each."""
         scene, record = f"{self.attempts}/{chunk.part}.scene", f"{self.attempts}/{chunk.part}.deaths"
         before = await asyncio.to_thread(self.store.read, record)
@@ -315,10 +360,11 @@ class ChunkWorker:
             try:
                 for p in posts:
                     if deaths[p.post_id] > 1:
+                        meter.row(Reason.ENGINE_ERROR)
                         results.append(Reject(p.post_id, self.stage, Reason.ENGINE_ERROR, "the engine died each time this row was asked, alone"))
                         continue
                     await asyncio.to_thread(self.store.write, scene, p.post_id.encode())
-                    results.append(await self._row(engine, work, p))
+                    results.append(await self._row(engine, work, p, meter))
                 await asyncio.to_thread(self.store.delete, scene)
             finally:
                 for _ in range(self.places):
@@ -383,15 +429,17 @@ class _Reopening:
         if self._engine is not None:
             self._engine.close()
 
-    async def replace(self, generation: int) -> None:
-        """Drop the engine of this generation; the next question opens another."""
+    async def replace(self, generation: int) -> bool:
+        """Drop the engine of this generation; the next question opens another. False: another chunk has done that."""
         async with self._lock:
-            if generation == self.generation:
-                self.generation += 1
-                dead, self._engine = self._engine, None
-                with contextlib.suppress(Exception):  # it is dead: what it says to that does not matter
-                    if dead is not None:
-                        await asyncio.to_thread(dead.close)
+            if generation != self.generation:
+                return False
+            self.generation += 1
+            dead, self._engine = self._engine, None
+            with contextlib.suppress(Exception):  # it is dead: what it says to that does not matter
+                if dead is not None:
+                    await asyncio.to_thread(dead.close)
+            return True
 
     async def _open(self) -> Engine:
         if self._engine is not None:

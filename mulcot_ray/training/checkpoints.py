@@ -43,13 +43,13 @@ class Drafts:
     """Folders for checkpoints on this machine until they are in the store. What a killed worker left there goes at the next start."""
 
     def __init__(self, work: str, rank: int) -> None:
-        self.root = Path(tempfile.gettempdir()) / "mulcot-checkpoints" / work / f"rank-{rank}"
-        shutil.rmtree(self.root, ignore_errors=True)
-        self.root.mkdir(parents=True)
+        self.place, self.name = Path(tempfile.gettempdir()) / "mulcot-checkpoints", f"{work}-rank-{rank}"
+        for left in self.place.glob(f"{self.name}-step-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def new(self, step: int) -> Path:
-        folder = self.root / f"step-{step}"
-        folder.mkdir()
+        folder = self.place / f"{self.name}-step-{step}"
+        folder.mkdir(parents=True)
         return folder
 
 

@@ -68,7 +68,7 @@ def index(store: Store, posts: Manifest, split: Split, rationales: list[Manifest
     sizes: list[int] = []
     where: dict[str, tuple[int, int, int]] = {}
     for path in _parts(posts):
-        with pq.ParquetFile(store.path(path), filesystem=store.fs) as f:
+        with store.parquet(path) as f:
             first = _starts(f)
             table = f.read(columns=["post_id", "split", "label"])
             groups = [len(sizes) + int(g) for g in np.searchsorted(first, np.arange(len(table)), "right") - 1]
@@ -83,7 +83,7 @@ def index(store: Store, posts: Manifest, split: Split, rationales: list[Manifest
         rows = [(file, row, -1, -1, group) for file, row, group in where.values()]
     for m in rationales or ():
         for path in _parts(m):
-            with pq.ParquetFile(store.path(path), filesystem=store.fs) as f:
+            with store.parquet(path) as f:
                 starts.append(_starts(f))
                 ids = f.read(columns=["post_id"])["post_id"].to_pylist()
             for row, pid in enumerate(ids):
@@ -166,7 +166,7 @@ class _Groups:
         key = (store.base, path, group)
         with self.lock:
             if key not in self.tables:
-                with pq.ParquetFile(store.path(path), filesystem=store.fs) as f:
+                with store.parquet(path) as f:
                     self.tables[key] = f.read_row_group(group)
                 self.held += self.tables[key].nbytes
                 while self.held > self.limit and len(self.tables) > 1:

@@ -79,7 +79,7 @@ def worker(job: Job) -> None:
     if (last := ray.train.get_checkpoint()) is not None:
         with last.as_directory() as folder:
             trainer.restore(Path(folder))
-    trainer.watch(drafts.root / EVENTS)
+    trainer.watch()
     if trainer.state.step == job.order.total:
         return
     rows = ray.train.get_dataset_shard("train").iter_torch_batches(
@@ -216,15 +216,15 @@ class Trainer:
 
     # --- what a person watches ---------------------------------------------------------------------------------------
 
-    def watch(self, path: Path) -> None:
+    def watch(self) -> None:
         """Write TensorBoard's file (worker 0), from the first step on."""
         if self.rank == 0:
-            self.events = EventFile(path, self.state.rows)
+            self.events = EventFile(self.state.rows)
 
     def _note(self, found: dict[str, float], seconds: float, waited: float) -> None:
         flops, state = found.pop("flops"), self.state
         row = {"step": state.step, "epoch": state.epoch, "time": time.time(), **found, "seconds": seconds, "waited": waited}
-        row |= {"tokens_s": found["tokens"] / seconds, "posts_s": found["posts"] / seconds}
+        row |= {"tokens_s": found["tokens"] / seconds, "posts_s": found["posts"] / seconds, "workers": self.world}
         if self.job.peak_flops:
             row["mfu"] = flops / seconds / self.world / self.job.peak_flops
         if self.rank == 0:
@@ -265,7 +265,7 @@ class Trainer:
     def _publish(self, always: bool = False) -> None:
         if self.events is not None and (always or time.time() - self.published > LIVE_SECONDS):
             self.published = time.time()
-            self.job.store.write(f"{self.job.live}/{EVENTS}", self.events.read())
+            self.job.store.write(f"{self.job.live}/{EVENTS}", bytes(self.events.data))
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, s: Train, total: int) -> Any:

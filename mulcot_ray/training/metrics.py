@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
+import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -64,7 +65,7 @@ def cost(model: nn.Module, *, frozen: bool) -> Cost:
 def to_parquet(rows: list[dict[str, Any]]) -> bytes:
     """One row a step, the validation figures in the row of the step after which they were found."""
     names = list(dict.fromkeys(k for r in rows for k in r))
-    table = pa.table({n: pa.array([r.get(n) for r in rows], pa.int32() if n in ("step", "epoch") else pa.float64()) for n in names})
+    table = pa.table({n: pa.array([r.get(n) for r in rows], pa.int32() if n in ("step", "epoch", "workers") else pa.float64()) for n in names})
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()
@@ -84,31 +85,30 @@ def curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class EventFile:
-    """A TensorBoard file of scalars. A resumed run writes it anew from its table, so that no step is in it twice."""
+    """A TensorBoard file of scalars, some 300 bytes a step. A resumed run makes it anew from its table, so that no step is in it twice."""
 
-    def __init__(self, path: Path, rows: list[dict[str, Any]]) -> None:
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
         from tensorboardX.proto.event_pb2 import Event  # type: ignore[import-untyped]
-        from tensorboardX.record_writer import RecordWriter  # type: ignore[import-untyped]
 
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        self.path, self.writer = path, RecordWriter(str(path))
-        first = rows[0]["time"] if rows else 0.0
-        self.writer.write(Event(wall_time=first, file_version="brain.Event:2").SerializeToString())
+        self.data = bytearray()
+        self._record(Event(wall_time=rows[0]["time"] if rows else time.time(), file_version="brain.Event:2"))
         for row in rows:
             self.add(row)
 
     def add(self, row: dict[str, Any]) -> None:
-        from tensorboardX.proto.event_pb2 import Event  # type: ignore[import-untyped]
+        from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
         values = [Summary.Value(tag=_tag(k), simple_value=v) for k, v in row.items() if k not in ("step", "epoch", "time")]
-        event = Event(wall_time=row["time"], step=int(row["step"]), summary=Summary(value=values))
-        self.writer.write(event.SerializeToString())
+        self._record(Event(wall_time=row["time"], step=int(row["step"]), summary=Summary(value=values)))
 
-    def read(self) -> bytes:
-        self.writer.flush()
-        return self.path.read_bytes()
+    def _record(self, event: Any) -> None:
+        """TFRecord: length, its checksum, the event, its checksum."""
+        from tensorboardX.record_writer import masked_crc32c  # type: ignore[import-untyped]
+
+        event = event.SerializeToString()
+        length = struct.pack("<Q", len(event))
+        self.data += length + struct.pack("<I", masked_crc32c(length)) + event + struct.pack("<I", masked_crc32c(event))
 
 
 def _tag(name: str) -> str:
@@ -118,4 +118,4 @@ def _tag(name: str) -> str:
 
 
 VALIDATION = ("accuracy", "macro_f1", "temperature", "scored_accuracy", "unparsed")
-SPEED = ("tokens_s", "posts_s", "seconds", "waited", "mfu")
+SPEED = ("tokens_s", "posts_s", "seconds", "waited", "workers", "mfu")

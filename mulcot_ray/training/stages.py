@@ -86,7 +86,7 @@ def train(
     )  # fmt: skip
     with run, session(runtime):
         if soft is not None and recipe.distill.soft_labels == "cached":
-            from mulcot_ray.training.soft_labels import soften
+            from mulcot_ray.training.soften import soften
 
             assert assistant is not None and tables is not None
             same = ("posts", "rationales", "base", "assistant", "contract", "seed", "dtype", "max_model_len")
