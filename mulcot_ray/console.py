@@ -8,10 +8,12 @@ import os
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -74,16 +76,34 @@ def counter(title: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def training(title: str) -> Iterator[Callable[[int, int, dict[str, float]], None]]:
-    """Progress over optimizer steps: (step, steps, losses or validation figures)."""
-    latest: dict[str, float] = {}
+    """Progress over optimizer steps: (step, steps, losses and speed, or validation figures), or over rows that get soft labels first."""
+    latest, paces = dict[str, float](), deque[float](maxlen=50)
     with _bar(title, None) as bar:
 
         def tell(step: int, total: int, values: dict[str, float]) -> None:
+            if "soft_labels" in values:
+                bar(step, total, "soft labels")
+                return
             latest.update(values)
-            shown = " ".join(f"{k} {latest[k]:.3f}" for k in ("loss", "ce_rea", "ce_cls", "kl_rea", "kl_cls") if k in latest)
-            bar(step, total, shown + (f" · validation {latest['accuracy']:.3f}" if "accuracy" in latest else ""))
+            shown = [f"{k} {latest[k]:.3f}" for k in ("loss", "ce_rea", "ce_cls", "kl_rea", "kl_cls") if k in latest]
+            if "tokens_s" in latest:
+                shown.append(f"· {latest['tokens_s']:,.0f} tokens/s")
+            if "mfu" in latest:
+                shown.append(f"· MFU {latest['mfu']:.1%}")
+            if "seconds" in values:
+                paces.append(values["seconds"])
+            if paces and not console.is_terminal:  # a terminal's bar has its own
+                shown.append(f"· {_duration(median(paces) * (total - step))} to go")
+            if "accuracy" in latest:
+                shown.append(f"· validation {latest['accuracy']:.3f}")
+            bar(step, total, " ".join(shown))
 
         yield tell
+
+
+def _duration(seconds: float) -> str:
+    """As 42 s, 7 min or 3.5 h."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 _about: ContextVar[Mapping[str, str]] = ContextVar("about", default={})  # noqa: B039  never changed, only replaced

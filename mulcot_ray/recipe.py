@@ -175,7 +175,7 @@ class Runtime(Frozen):
     reshard: bool = True  # free gathered weights after each use; False: keep them for the step, where memory allows
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     packed: bool = True  # both tasks of a post in one row that shares the picture; False: a row each
-    loss_chunk: int = Field(1024, ge=1)  # answer tokens whose logits exist at once
+    loss_chunk: int = Field(256, ge=1)  # answer tokens whose logits exist at once
     checkpoint_steps: int | None = Field(None, ge=1)  # a checkpoint after so many steps too, not only at the end of an epoch
     compile_training: bool = False
     parity_posts: int = Field(8, ge=0)  # validation posts on which transformers and vLLM must agree about an export; 0: not checked

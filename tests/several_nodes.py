@@ -30,7 +30,7 @@ from ray_nodes import BIN, Head, free_ports, ray_head
 
 HERE = Path(__file__)
 # From which piece of work on it is held: so many rows, tasks of a kind, or steps of two workers (the second of the second epoch).
-HELD_AT = {"row": 80, "intake": 6, "match": 6, "assemble": 6, "step": 9}
+HELD_AT = {"row": 80, "_Intake": 6, "FindClashes": 6, "FindFates": 6, "_Bucket": 6, "step": 9}
 # A machine that is gone is noticed after 3 s, not Ray's 15.
 NOTICE = {"RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
 
@@ -240,7 +240,7 @@ class Held:
         self.hold, self.work = hold, kind(*args)
 
     def __call__(self, row: dict[str, Any]) -> Any:
-        self.hold(of=f"{type(self.work).__name__} {row.get('bucket', row.get('number'))}")
+        self.hold(of=row.get("bucket", row.get("number")))
         return self.work(row)
 
 
@@ -258,9 +258,12 @@ def label_night(_: str, root: str, disturbed: bool) -> dict[str, Any]:
     from mulcot_ray.recipe import load_runtime
     from mulcot_ray.storage import Store
 
+    def tasks(runtime: Any, kind: Any, args: Any, rows: Any) -> Any:
+        return plain(runtime, partial(Held, Hold(kind.__name__, disturbed), kind), args, rows)  # type: ignore[arg-type]
+
     for module in (intake, match, assemble):
-        hold = Hold(module.__name__.rpartition(".")[2], disturbed)
-        module.tasks = lambda runtime, kind, args, rows, hold=hold: plain(runtime, partial(Held, hold, kind), args, rows)  # type: ignore[attr-defined]
+        module.tasks = tasks  # type: ignore[attr-defined]
+    intake.BUCKET_BYTES = 2048
     store, runtime = Store(root), load_runtime("laptop").model_copy(update={"rows_per_chunk": 8})
     settings = NightSettings(name="t", gates=Gates(reject_rate_max=0.5))
     version = nights.version(store, settings, {"student": engine(disturbed)})

@@ -54,7 +54,7 @@ def test_a_night_loses_a_machine_in_each_of_its_steps(cluster: Machines, s3_buck
     rows, there = spoilt(posts(200, 41), 41, 0.03, 0.1)
     dump(cluster.head.folder / "dump", "2026-11-22", rows, files=12)
     roots = (f"s3://{s3_bucket}/nodes/calm", f"s3://{s3_bucket}/nodes/disturbed")
-    steps = ("intake", "match", "row", "assemble")
+    steps = ("_Intake", "FindFates", "row", "_Bucket")
     calm, disturbed, lost = drive(cluster, "night", roots, *steps, victim=last)
     assert disturbed == calm
     assert calm["state"] == "published" and calm["rows_in"] == there["rows"] and not calm["left"]

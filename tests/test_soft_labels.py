@@ -50,6 +50,14 @@ def store(tmp_path_factory) -> Store:
     return store
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def made(store, ray_session) -> Manifest:
     manifest, fresh = make(store, "top")
@@ -59,7 +67,6 @@ def made(store, ray_session) -> Manifest:
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    torch.set_num_threads(1)
     return Encoder(load_processor(STUDENT), RECIPE.contract, RECIPE.max_model_len)
 
 
