@@ -36,6 +36,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from mulcot_ray.console import about
 from mulcot_ray.errors import ArtifactError, ArtifactMissing, Busy, ConfigError, ConservationError, RecipeChanged
 from mulcot_ray.prompts import Frozen, digest
 from mulcot_ray.recipe import model_folder
@@ -101,7 +102,7 @@ class Run:
         mine = self._lease()
         if not self.store.create(self._lease_key, mine):
             held = self.store.tagged(self._lease_key)
-            if held is not None and not _stale(held[0]):
+            if held is not None and not stale(held[0]):
                 h = json.loads(held[0])
                 raise Busy(
                     f"{self.prefix} is being written by process {h['pid']} on {h['host']}, last seen {h['time']}; wait, or choose another --name"
@@ -110,9 +111,12 @@ class Run:
                 raise Busy(f"{self.prefix}: another run took over at this moment; wait, or choose another --name")
         self._beat = threading.Thread(target=self._renew, name=f"lease {self.prefix}", daemon=True)
         self._beat.start()
+        self._about = about(run=self.prefix, stage=str(self.identity.get("stage", "")))
+        self._about.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._about.__exit__(kind, error, trace)
         self._stop.set()
         if self._beat is not None:
             self._beat.join()
@@ -359,7 +363,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def _stale(lease: bytes) -> bool:
+def stale(lease: bytes) -> bool:
     h = json.loads(lease)
     if h["host"] == _host():
         try:

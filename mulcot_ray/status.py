@@ -21,7 +21,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mulcot_ray.artifacts import Kind, Manifest, _stale, find
+from mulcot_ray.artifacts import Kind, Manifest, find, stale
 from mulcot_ray.errors import ArtifactMissing
 from mulcot_ray.html import duration, words
 from mulcot_ray.labeling.gates import breaches
@@ -211,7 +211,7 @@ def _underway(store: Store, kind: Kind, name: str, posts: dict[str, Manifest]) -
         return None
     held = json.loads(lease) if lease else {}
     seen = max(0.0, time.time() - datetime.datetime.fromisoformat(held["time"]).timestamp()) if held else None
-    state = "at work" if lease and not _stale(lease) else "interrupted"
+    state = "at work" if lease and not stale(lease) else "interrupted"
     holder = f"process {held['pid']} on {held['host'].partition('/')[0]}" if held else None
     step, done, planned = _night_step(store, prefix, plan) if kind == "nights" else _chunks(store, prefix, identity, plan, posts)
     return Underway(kind, name, str(identity.get("stage", kind)), state, holder, seen, step, done, planned)

@@ -30,7 +30,7 @@ from ray_nodes import BIN, Head, free_ports, ray_head
 
 HERE = Path(__file__)
 # From which piece of work on it is held: so many rows, tasks of a kind, or steps of two workers (the second of the second epoch).
-HELD_AT = {"row": 80, "_Intake": 6, "FindClashes": 6, "FindFates": 6, "_Bucket": 6, "step": 9}
+HELD_AT = {"row": 80, "_Intake": 6, "FindFates": 6, "_Bucket": 6, "step": 9}
 # A machine that is gone is noticed after 3 s, not Ray's 15.
 NOTICE = {"RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
 
@@ -176,8 +176,9 @@ class Hold:
     def __call__(self, **facts: Any) -> None:
         with (folder() / "journal.jsonl").open("a") as f:
             f.write(json.dumps({"what": self.what, "machine": Path(os.environ.get("TMPDIR", "")).name, **facts}) + "\n")
-        while self.disturbed and not (folder() / f"{self.what}.lost").exists() and len(noted(folder(), self.what)) >= HELD_AT[self.what]:
-            time.sleep(0.05)
+        if self.disturbed and self.what in HELD_AT:
+            while not (folder() / f"{self.what}.lost").exists() and len(noted(folder(), self.what)) >= HELD_AT[self.what]:
+                time.sleep(0.05)
 
 
 def noted(where: Path, what: str) -> list[dict[str, Any]]:

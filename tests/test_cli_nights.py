@@ -4,10 +4,10 @@ import datetime
 import re
 
 import pytest
+from nights import dump, posts
 
 from mulcot_ray.cli.nights import parse_deadline
 from mulcot_ray.errors import ConfigError
-from nights import dump, posts
 
 
 def run(capsys, *words) -> tuple[int, str]:

@@ -38,7 +38,7 @@ PROMETHEUS, PROMTOOL, EXPORTER = (shutil.which(n) for n in ("prometheus", "promt
 NEEDS = "is not installed (Debian: apt-get install --no-install-recommends prometheus prometheus-node-exporter)"
 # Panels whose queries cannot have data here, and why.
 WITHOUT = {"Share of the GPUs' peak": "a GPU", "GPU": "a GPU", "GPU memory": "a GPU"}
-RAYS = {
+RAYS = {  # what Ray itself shows
     "ray_node_cpu_utilization", "ray_node_mem_used", "ray_node_mem_total", "ray_node_disk_usage", "ray_node_disk_free", "ray_node_gpus_utilization",
     "ray_node_gram_used", "ray_node_gram_available", "ray_actors", "ray_object_store_memory", "autoscaler_active_nodes", "autoscaler_pending_nodes",
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -70,6 +71,7 @@ def stage(root: str, log: str) -> Iterator[Store]:
             raise ConfigError(f"--root {root!r}: cannot write there: {e}") from e
         yield store
     except MulcotError as e:
+        logging.getLogger("mulcot_ray").error("%s: %s", type(e).__name__, e)
         raise failed(e, path) from None
     except KeyboardInterrupt:
         console.print("\n[yellow]Interrupted.[/] Nothing is lost: the same command goes on from here.")

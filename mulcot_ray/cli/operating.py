@@ -54,14 +54,14 @@ def status(
     nights: Annotated[int, typer.Option("--nights", min=0, help="So many of the latest nights.")] = 14,
     results: Annotated[int, typer.Option("--results", min=0, help="So many of the latest finished results.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-    textfile: Annotated[Path | None, typer.Option("--textfile", help="Also write the metrics of the published nights here, for Prometheus's textfile collector.")] = None,
+    textfile: Annotated[Path | None, typer.Option("--textfile", help="Also write the figures of the last finished night here (…/mulcot.prom), for Prometheus's textfile collector.")] = None,
 ) -> None:  # fmt: skip
     """What is at work, what was interrupted, what is finished; the nights and their gates; the last errors."""
     from mulcot_ray.status import show, write_textfile
     from mulcot_ray.status import status as run
 
     with stage(root, "status") as store:
-        found = run(store, nights=nights, results=results, logs=logs_of(store))
         if textfile is not None:
             write_textfile(store, textfile)
+        found = run(store, nights=nights, results=results, logs=logs_of(store))
     typer.echo(json.dumps(found.as_dict(), indent=1, ensure_ascii=False)) if as_json else console.print(show(found))

@@ -6,6 +6,12 @@ top_k     the k likeliest ids (int32) and their log-probabilities (float16), and
           Not renormalised: the loss is a lower bound of the one by the whole distributions.
 sampled   k draws: the ids that came (int32) and how often (uint16). An unbiased estimate of the whole (arXiv 2503.16870).
 
+Of the shipped assistant at T = 2, on 96 sample posts (the KL to the untrained student is 0.443 nats a token by the whole distributions):
+
+                   k = 8    16      64     256   |  16 draws    64     256
+    bytes a token     42    68     201     675   |        20    47      84
+    KL             0.322  0.344  0.380   0.407   |     0.449  0.450  0.444
+
 A row of the table is one task of one training row; `soften` writes it.
 """
 

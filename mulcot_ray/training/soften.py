@@ -244,9 +244,12 @@ class _Softener:
 
 def _measures(tally: Counter[str], d: Distill) -> dict[str, float]:
     tokens, n = max(1, tally["tokens"]), max(1, tally["measured"])
-    about = {"ids_per_token" if d.keep == "sampled" else "mass_kept": tally["kept"] / tokens}
-    found = {**about, "measured_tokens": tally["measured"], "kl_full": tally["kl_full"] / n, "kl_kept": tally["kl_kept"] / n}
-    return {k: round(float(v), 6) for k, v in found.items()}
+    about = {
+        "ids_per_token" if d.keep == "sampled" else "mass_kept": tally["kept"] / tokens,
+        "kl_full": tally["kl_full"] / n,
+        "kl_kept": tally["kl_kept"] / n,
+    }
+    return {"measured_tokens": int(tally["measured"])} | {k: round(float(v), 6) for k, v in about.items()}
 
 
 def _reading(folder: Path) -> str:
