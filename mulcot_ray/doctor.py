@@ -162,7 +162,9 @@ def _workers(recipe: Recipe, runtime: Runtime) -> str:
         for n in range(lo, hi + 1):
             if batch % n:
                 raise ConfigError(f"global_batch {batch} of the {role} does not divide by train_workers {n}")
-    return f"{lo if lo == hi else f'{lo} to {hi}'} workers divide the batches of {recipe.assistant.global_batch} and {recipe.student.global_batch} posts"
+    return (
+        f"{lo if lo == hi else f'{lo} to {hi}'} workers divide the batches of {recipe.assistant.global_batch} and {recipe.student.global_batch} posts"
+    )
 
 
 def _posts(store: Store, recipe: Recipe, name: str | None, found: list[Post], count: int) -> str:

@@ -25,7 +25,12 @@ from mulcot_ray.sweep import KINDS, Sweep, Variant, load_sweep, places, plan, re
 
 RUNTIME = load_runtime("laptop")
 SHIPPED = load_sweep("ablation")
-VARIANTS = {"full method": {}, "no augmentation": {"no_augment": True}, "no soft labels": {"no_soft_labels": True}, "labels only": {"labels_only": True}}
+VARIANTS = {
+    "full method": {},
+    "no augmentation": {"no_augment": True},
+    "no soft labels": {"no_soft_labels": True},
+    "labels only": {"labels_only": True},
+}
 ABLATION = SHIPPED.model_copy(update={"variants": {k: Variant(**v) for k, v in VARIANTS.items()}})
 SMALL = ABLATION.model_copy(update={"sample": ABLATION.sample.model_copy(update={"train": 4, "validation": 2, "test": 3})})
 T2 = 4.302653  # Student's t, two degrees of freedom, 97.5 %
