@@ -30,7 +30,7 @@ from ray_nodes import BIN, Head, free_ports, ray_head
 
 HERE = Path(__file__)
 # From which piece of work on it is held: so many rows, tasks of a kind, or steps of two workers (the second of the second epoch).
-HELD_AT = {"row": 80, "_Intake": 6, "FindFates": 6, "_Bucket": 6, "step": 9}
+HELD_AT = {"row": 80, "_Intake": 6, "FindFates": 6, "_Bucket": 6, "step": 9, "export": 1}
 # A machine that is gone is noticed after 3 s, not Ray's 15.
 NOTICE = {"RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
 
@@ -115,12 +115,12 @@ def machines(cpus: float) -> Iterator[Machines]:
 
 
 def drive(
-    machines: Machines, job: str, roots: tuple[str, str], *whats: str, spare: bool = True, victim: Callable[[list[dict[str, Any]]], str | None],
+    machines: Machines, job: str, roots: tuple[str, str], *whats: str, spare: bool = True, victim: Callable[[str, list[dict[str, Any]]], str | None],
     timeout_s: float = 200,
 ) -> tuple[dict[str, Any], dict[str, Any], list[tuple[str, str]]]:  # fmt: skip
     """Run a job. While it is held at each of `whats`, the machine that `victim` finds in what was written down is lost, and, with `spare`, replaced.
 
-    Returns what the job says of its two runs, and the machines that were lost and during what.
+    Returns what the job says of its two runs, and which machines were lost, during what.
     """
     head, lost = machines.head, list[tuple[str, str]]()
     for stale in (*head.folder.glob("*.lost"), *head.folder.glob("journal.jsonl")):
@@ -129,7 +129,7 @@ def drive(
     def lose() -> None:
         what = whats[len(lost)]
         lines = noted(head.folder, what)
-        name = victim(lines) if len(lines) >= HELD_AT[what] and {x["machine"] for x in lines} >= {m.name for m in machines.alive} else None
+        name = victim(what, lines) if len(lines) >= HELD_AT[what] else None
         if name is not None:
             count = len(machines.alive)
             machines.lose(name)
@@ -291,6 +291,13 @@ def held_worker(disturbed: bool, job: Any) -> None:
     loop.worker(job)
 
 
+def held_export(disturbed: bool, *args: Any) -> Any:
+    from mulcot_ray.training.export import export
+
+    Hold("export", disturbed)()
+    return export(*args)
+
+
 def train(_: str, root: str, disturbed: bool) -> dict[str, Any]:
     """The student, whole, on two workers, of which no two fit on one machine: two epochs of three steps."""
     from nights import RECIPE
@@ -301,7 +308,7 @@ def train(_: str, root: str, disturbed: bool) -> dict[str, Any]:
 
     settings = RECIPE.student.model_copy(update={"method": "full", "lora": None, "epochs": 2, "global_batch": 32})
     runtime = load_runtime("laptop").model_copy(update={"train_workers": 2, "train_cpus": 1.5, "parity_posts": 0})
-    fit.worker = partial(held_worker, disturbed)
+    fit.worker, fit.export = partial(held_worker, disturbed), partial(held_export, disturbed)
     store, told = Store(root), list[int]()
     m, _ = stages.student(
         store, "m", posts="sample", rationales=["rule"], assistant="builtin:assistant", recipe=RECIPE.model_copy(update={"student": settings}),

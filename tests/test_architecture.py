@@ -14,7 +14,7 @@ LAYERS = [
     {"prompts", "recipe", "storage", "artifacts", "calibration", "cluster", "console", "html", "observing", "prices"},
     {"posts", "engines"},
     {"teaching", "training", "evaluation", "labeling", "serving"},
-    {"cli", "demo", "plan", "doctor", "machines", "sweep", "lineage", "replay", "submit", "status", "run_page"},
+    {"cli", "demo", "plan", "doctor", "machines", "sweep", "lineage", "replay", "submit", "status", "run_page", "spot"},
 ]
 STAGES = LAYERS[3]
 HEAVY = {

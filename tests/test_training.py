@@ -272,22 +272,33 @@ def test_workers_must_leave_room_for_the_data(store, runtime, ray_session):
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.ray
-def test_workers_micro_batches_and_packing_change_nothing(store, runtime, ray_session):
-    """Both tasks, soft labels online, LoRA: the same curve by one, two and three workers, cut in every way."""
+@pytest.fixture(scope="module")
+def online(store, runtime, ray_session):
+    """Both tasks, soft labels online, LoRA, one worker: (what was told, curve, history, manifest)."""
     seen = []
-    one, history, manifest = run(store, "one", runtime, workers=1, micro=4, seen=seen)
+    return seen, *run(store, "one", runtime, workers=1, micro=4, seen=seen)
+
+
+@pytest.mark.ray
+def test_workers_micro_batches_and_packing_change_nothing(store, runtime, online):
+    """The same curve by one, two and three workers, cut in every way."""
+    _, one, history, _ = online
     two, rows, _ = run(store, "two", runtime, workers=2, micro=2, packed=False, checkpointing=True, reshard=True, loss_chunk=5)
     three, packed, _ = run(store, "three", runtime, workers=3, micro=1)
     assert_same(one, two)
     assert_same(one, three)
     tokens = [[s["tokens"] for s in h["steps"]] for h in (history, rows, packed)]
     assert tokens[0] == tokens[2] and all(a < b for a, b in zip(tokens[0], tokens[1], strict=True))
-    assert len(one) == 4 and one[-1]["posts"] == 24 and one[0]["dropped"] == 0
+    assert len(one) == 4 and one[-1]["posts"] == 24 and one[0]["dropped"] == 0 and one[-1]["loss"] < one[0]["loss"]
     for s in one:
         assert s["kl_rea"] > 0 and s["loss"] == pytest.approx(0.7 * (s["ce_rea"] + s["ce_cls"]) + 0.3 * (s["kl_rea"] + s["kl_cls"]), rel=1e-5)
-    assert one[-1]["loss"] < one[0]["loss"]
-    # What a person watches, and what is left of the run.
+
+
+@pytest.mark.ray
+def test_what_a_person_sees_of_a_run(store, runtime, online):
+    from mulcot_ray.training.stages import train
+
+    seen, _, history, manifest = online
     assert [s[:2] for s in seen] == [(1, 4), (2, 4), (3, 4), (4, 4), (4, 4)] and {"tokens_s", "loss", "waited"} <= set(seen[0][2])
     table = pq.read_table(io.BytesIO(store.read("models/one/history/metrics.parquet"))).to_pylist()
     assert [r["loss"] for r in table] == [s["loss"] for s in history["steps"]] and table[-1]["accuracy"] == manifest.stats["accuracy"]
@@ -295,8 +306,6 @@ def test_workers_micro_batches_and_packing_change_nothing(store, runtime, ray_se
     assert wanted <= set(manifest.files) and any("tfevents" in f for f in manifest.files)
     assert not store.files("training") and not list(Path(tempfile.gettempdir()).glob("mulcot-checkpoints/one-*"))
     same = {"store": store, "name": "one", "posts": "sample", "rationales": ["rule"], "base": "builtin:student", "assistant": "builtin:assistant"}
-    from mulcot_ray.training.stages import train
-
     rest = {"tasks": BOTH, "recipe": RECIPE, "runtime": runtime, "progress": print}
     assert train(**same, settings=settings(), **rest)[1] is False, "the same identity by another number of workers: done already"
     with pytest.raises(RecipeChanged, match="train.lr"):
@@ -304,14 +313,22 @@ def test_workers_micro_batches_and_packing_change_nothing(store, runtime, ray_se
 
 
 @pytest.mark.ray
-def test_cached_soft_labels_train_like_the_assistant(store, runtime, ray_session):
-    """From the table, whole vocabulary kept but for rounding to fp16; the assistant is not loaded. The model is trained whole."""
-    full = settings(method="full", lora=None, lr=5e-4)
-    online, _, _ = run(store, "online", runtime, workers=1, train=full)
-    cached, _, manifest = run(store, "cached", runtime, workers=2, micro=5, train=full, distill={"soft_labels": "cached", "top_k": 1259})
-    assert_same(online, cached, tolerance=2e-3)
-    assert manifest.identity["distill"]["soft_labels"] == "cached" and "adapter/adapter_model.safetensors" not in manifest.files
+def test_cached_soft_labels_train_like_the_assistant(store, runtime, online):
+    """From a table of the whole vocabulary, rounded to fp16, without the assistant."""
+    cached, _, manifest = run(store, "cached", runtime, workers=2, micro=5, distill={"soft_labels": "cached", "top_k": 1259})
+    assert_same(online[1], cached, tolerance=2e-3)
+    assert manifest.identity["distill"]["soft_labels"] == "cached" and "soft labels from: softlabels/soft-" in store.read("models/cached/README.md").decode()
     assert len(store.names("softlabels")) == 1
+
+
+@pytest.mark.ray
+def test_a_loss_that_is_no_number_ends_the_run_at_once(store, runtime, ray_session):
+    """Not after as many attempts as a lost worker gets, and with what can be done about it."""
+    wild = settings(lr=1e30, clip=1e30, lora=Lora(r=4, alpha=1e20))
+    seen = []
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d: lower lr \(now 1e\+30\)"):
+        run(store, "wild", runtime, workers=1, train=wild, tasks=(Task.CLASSIFICATION,), assistant=None, seen=seen)
+    assert [s[0] for s in seen] == list(range(1, len(seen) + 1)), "one attempt"
 
 
 @pytest.mark.ray

@@ -172,13 +172,18 @@ def run_chunks(
             context.enable_progress_bars = False
             context.print_on_execution_start = False
             rows = [{"file": c.file, "lo": c.lo, "hi": c.hi} for c in todo]
-            gpus = spec.runtime.devices if spec.device == "cuda" and spec.backend == "vllm" else 0
+            gpus = spec.runtime.devices if spec.device == "cuda" and spec.backend != "endpoint" else 0
             results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
                 ChunkWorker,
                 fn_constructor_args=(target, source.prefix, chosen, spec, work, runtime.answer_cache, brake),
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(
-                    min_size=lo, max_size=hi, max_tasks_in_flight_per_actor=IN_FLIGHT, max_concurrent_calls_per_actor=IN_FLIGHT
+                    # All GPU replicas are asked for at once: Ray Data adds them one by one, and with real machines that is minutes each.
+                    # It adds any only where more tasks are in flight than are worked on.
+                    min_size=hi if gpus else lo,
+                    max_size=hi,
+                    max_tasks_in_flight_per_actor=2 * IN_FLIGHT,
+                    max_concurrent_calls_per_actor=IN_FLIGHT,
                 ),
                 num_cpus=spec.runtime.cpus,
                 num_gpus=gpus,
@@ -457,7 +462,8 @@ class _Reopening:
 
 
 def runtime_replicas(spec: EngineSpec, chunks: int) -> tuple[int, int]:
+    """From–to. A range gives an engine to every 2 × IN_FLIGHT chunks at most: fewer would not be worth its start."""
     r = spec.runtime.replicas
     lo, hi = (r, r) if isinstance(r, int) else r
-    hi = max(1, min(hi, chunks))
-    return min(lo, hi), hi
+    lo = max(1, min(lo, chunks))
+    return lo, max(lo, min(hi, chunks // (2 * IN_FLIGHT)) if lo < hi else lo)

@@ -62,7 +62,7 @@ def fit(run: Run, job: Job, runtime: Runtime, spec: EngineSpec, progress: Progre
     try:
         result = trainer.fit()
     except Exception as e:
-        raise own_error(e) or TrainingError(f"training failed: {type(e).__name__}. Logs: {log_folder()}") from e
+        raise own_error(getattr(e, "controller_failure", e)) or TrainingError(f"training failed: {type(e).__name__}. Logs: {log_folder()}") from e
     finally:
         stop.set()
         watcher.join()

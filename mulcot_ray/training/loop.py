@@ -129,7 +129,7 @@ class Trainer:
         models = [m for m in (self.model, assistant) if m is not None]
         for m in models:
             prepare(m, checkpointing=job.checkpointing and m is self.model, compiled=job.compiled)
-        self.root = Joint(self.model, assistant, job.distill, shared, job.loss_chunk).to(self.device)
+        self.root = Joint(self.model, assistant, job.distill, shared, job.loss_chunk)
         shard(self.root, models, job.device, job.dtype, job.reshard)
         self.parameters = [p for p in self.root.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=s.lr, betas=(0.9, s.beta2), weight_decay=s.weight_decay)
@@ -149,10 +149,8 @@ class Trainer:
             waited = time.perf_counter() - at
             torch.manual_seed(row_key(seed=job.order.seed, step=state.step, rank=self.rank))  # dropout agrees after a resume
             found = self.step(piece)
-            seconds = time.perf_counter() - at
-            at = time.perf_counter()
             state.step += 1
-            self._note(found, seconds, waited)
+            self._note(found, time.perf_counter() - at, waited)
             if not math.isfinite(found["loss"]):
                 raise TrainingError(f"the loss is {found['loss']} at step {state.step}: lower lr (now {s.lr})")
             epoch = s.epochs if state.step == job.order.total else state.step * s.global_batch // len(job.order.index)
@@ -161,6 +159,7 @@ class Trainer:
                 yield self._end_epoch()
             elif job.checkpoint_steps and state.step % job.checkpoint_steps == 0:
                 yield {"step": state.step, "epoch": state.epoch}
+            at = time.perf_counter()
 
     def step(self, piece: Slice) -> dict[str, float]:
         """One optimizer step. Losses are means over the answer tokens of the global batch, task by task, whoever has how many of them."""

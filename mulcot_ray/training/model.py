@@ -87,8 +87,9 @@ def prepare(model: nn.Module, *, checkpointing: bool, compiled: bool) -> None:
 def shard(root: nn.Module, models: list[nn.Module], device: str, dtype: str, reshard: bool) -> None:
     """FSDP2 in place: of each model in `root`, every decoder layer and vision block is a unit; the rest of all of them is one more.
 
-    The root's unit is gathered in the root's forward, so both output layers are there for the losses. `reshard` False keeps the gathered
-    weights for the whole optimizer step: more memory, one gather instead of four.
+    The root's unit is gathered in the root's forward, so both output layers are there for the losses. Each unit is moved to the device when it
+    is sharded, so no device ever holds a whole model. `reshard` False keeps the gathered weights for the whole optimizer step: more memory,
+    one gather instead of four.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
