@@ -116,7 +116,7 @@ def machines(cpus: float) -> Iterator[Machines]:
 
 def drive(
     machines: Machines, job: str, roots: tuple[str, str], *whats: str, spare: bool = True, victim: Callable[[str, list[dict[str, Any]]], str | None],
-    timeout_s: float = 200,
+    timeout_s: float = 400,
 ) -> tuple[dict[str, Any], dict[str, Any], list[tuple[str, str]]]:  # fmt: skip
     """Run a job. While it is held at each of `whats`, the machine that `victim` finds in what was written down is lost, and, with `spare`, replaced.
 

@@ -13,7 +13,7 @@ import pytest
 from nights import dump, posts, spoilt
 from several_nodes import Machines, drive, machines, noted
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(500)]
 
 
 @pytest.fixture(scope="module")

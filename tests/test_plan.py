@@ -183,7 +183,7 @@ def half_done(
     identity = {"stage": stage, "posts": source.fingerprint, "model": fingerprint, "contract": TINY.contract.hash, "mode": mode}
     run = begin(store, kind, name, identity, {"rows_per_chunk": rows_per_chunk})
     with run:
-        for c in cut(source, rows_per_chunk)[:chunks]:
+        for c in cut(source.sizes, rows_per_chunk)[:chunks]:
             n = c.hi - c.lo
             if stage == "label":
                 kept = [Prediction(f"{c.part}-{i}", Sentiment.NEUTRAL, "m", "c") for i in range(n)]
@@ -262,7 +262,7 @@ def test_real_sizes_without_weights(sample_store):
 
 
 def test_replicas_make_a_range(sample_store):
-    runtime = with_role(LAPTOP, "student", replicas=(1, 4)).model_copy(update={"rows_per_chunk": 10})
+    runtime = with_role(LAPTOP, "student", replicas=(1, 4)).model_copy(update={"rows_per_chunk": 5})
     p = plan(sample_store, TINY, runtime, stage="label", posts="sample", name="x", model="builtin:student")
     assert p.seconds[1] == pytest.approx(4 * p.seconds[0]) and p.usd[0] == p.usd[1] and "1 to 4 replicas" in p.basis
 
