@@ -298,7 +298,7 @@ def _s3(what: str, bucket: str, key: str, call: Callable[[Any, int], T], absent:
             said = f"{status} {code}"
         except (faults.NoCredentialsError, faults.PartialCredentialsError, faults.CredentialRetrievalError) as e:
             raise ArtifactError(f"{place}: {e}. {LOOKED}") from None
-        except (faults.HTTPClientError, faults.IncompleteReadError, faults.FlexibleChecksumError, ResponseParserError) as e:
+        except (faults.ConnectionError, faults.HTTPClientError, faults.IncompleteReadError, faults.FlexibleChecksumError, ResponseParserError) as e:
             said = f"{type(e).__name__}: {e}"
         except faults.BotoCoreError as e:
             raise ArtifactError(f"{place}: {what}: {e}") from None

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import nights
 import psutil
@@ -220,7 +221,11 @@ class Site:
             threading.Thread(target=self._revive, daemon=True).start()
             return False
         assert self.driver is not None
-        pid = {"driver": lambda _: self.driver.pid, "writer": writer, "engine": lambda _: engine(self.mark)}[p.victim](r.port)
+        pid = {
+            "driver": lambda _: self.driver.pid,
+            "writer": partial(writer, self.mark, to=urlsplit(self.proxy.url).port),
+            "engine": lambda _: engine(self.mark),
+        }[p.victim](r.port)
         if pid is not None:
             self.met.append(p)
             os.kill(pid, signal.SIGKILL)
@@ -235,9 +240,11 @@ class Site:
         self.up.set()
 
 
-def writer(port: int) -> int | None:
-    """The process that has this end of a connection."""
-    return next((c.pid for c in psutil.net_connections("tcp") if c.pid and c.laddr and c.laddr.port == port), None)
+def writer(mark: str, port: int, to: int) -> int | None:
+    """The process of this run that has this end of a connection to the proxy. (Another may have the same port for its end of another one.)"""
+    ours = {p.pid for p in of_mark(mark)}
+    found = (c for c in psutil.net_connections("tcp") if c.pid in ours and c.laddr and c.raddr)
+    return next((c.pid for c in found if (c.laddr.port, c.raddr.port) == (port, to)), None)
 
 
 def engine(mark: str) -> int | None:

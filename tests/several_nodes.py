@@ -103,7 +103,8 @@ class Machines:
 @contextmanager
 def machines(cpus: float) -> Iterator[Machines]:
     folder = Path(tempfile.mkdtemp(prefix="mcn", dir="/tmp"))
-    settings = {**NOTICE, "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH")))), "RAY_enable_worker_prestart": "0"}
+    paths = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
+    settings = {**NOTICE, "PYTHONPATH": paths, "RAY_enable_worker_prestart": "0"}
     try:
         with ray_head(folder, "--node-ip-address=127.0.0.1", cpus=0, environment=settings) as head:
             cluster = Machines(head, cpus)
@@ -123,8 +124,9 @@ def drive(
     Returns what the job says of its two runs, and which machines were lost, during what.
     """
     head, lost = machines.head, list[tuple[str, str]]()
-    for stale in (*head.folder.glob("*.lost"), *head.folder.glob("journal.jsonl")):
-        stale.unlink()
+    (head.folder / "journal.jsonl").unlink(missing_ok=True)
+    for what in whats:
+        (head.folder / f"{what}.hold").touch()
 
     def lose() -> None:
         what = whats[len(lost)]
@@ -134,7 +136,7 @@ def drive(
             count = len(machines.alive)
             machines.lose(name)
             lost.append((what, name))
-            (head.folder / f"{what}.lost").touch()
+            (head.folder / f"{what}.hold").unlink()
             machines.want(count if spare else 0)
 
     with (head.folder / "driver.log").open("w+") as log:
@@ -176,9 +178,8 @@ class Hold:
     def __call__(self, **facts: Any) -> None:
         with (folder() / "journal.jsonl").open("a") as f:
             f.write(json.dumps({"what": self.what, "machine": Path(os.environ.get("TMPDIR", "")).name, **facts}) + "\n")
-        if self.disturbed and self.what in HELD_AT:
-            while not (folder() / f"{self.what}.lost").exists() and len(noted(folder(), self.what)) >= HELD_AT[self.what]:
-                time.sleep(0.05)
+        while self.disturbed and (folder() / f"{self.what}.hold").exists() and len(noted(folder(), self.what)) >= HELD_AT[self.what]:
+            time.sleep(0.05)
 
 
 def noted(where: Path, what: str) -> list[dict[str, Any]]:
@@ -271,11 +272,8 @@ def label_night(_: str, root: str, disturbed: bool) -> dict[str, Any]:
     (one,) = nightly(store, str(folder() / "dump"), version=version, settings=settings, runtime=runtime, steps=nights.quiet)
     m = need(store, "nights", one.manifest.name)
     keep = ("fates", "labels", "repeated", "deferred", "ledger", "folder")
-    left = list(store.files(f"nights/{m.name}/work"))
-    return {
-        "state": one.state, "current": sorted(current(store)), "rows_in": m.rows_in, "rows": m.rows, "rejects": m.rejects_by_reason, "files": m.files, "left": left,
-        **{k: m.stats[k] for k in keep},
-    }  # fmt: skip
+    facts = {"state": one.state, "current": sorted(current(store)), "left": list(store.files(f"nights/{m.name}/work"))}
+    return facts | {"rows_in": m.rows_in, "rows": m.rows, "rejects": m.rejects_by_reason, "files": m.files} | {k: m.stats[k] for k in keep}
 
 
 def held_worker(disturbed: bool, job: Any) -> None:
@@ -315,7 +313,8 @@ def train(_: str, root: str, disturbed: bool) -> dict[str, Any]:
         runtime=runtime, progress=lambda step, *_: told.append(step),
     )  # fmt: skip
     history = json.loads(store.read("models/m/history.json") or b"{}")
-    return {"steps": history["steps"], "validation": history["validation"], "files": sorted(m.files), "told": max(told), "left": list(store.files("training"))}
+    left = list(store.files("training"))
+    return {"steps": history["steps"], "validation": history["validation"], "files": sorted(m.files), "told": max(told), "left": left}
 
 
 JOBS: dict[str, Callable[[str, str, bool], dict[str, Any]]] = {"label": ask, "teach": ask, "night": label_night, "train": train}

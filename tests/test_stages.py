@@ -61,7 +61,11 @@ def test_chunks_cover_each_row_once(sample_store):
     chunks = plan(posts.sizes, 50)
     assert [(c.lo, c.hi) for c in chunks] == [(0, 50), (50, 100), (100, 150), (150, 168)]
     assert chunks[1] == Chunk("part-00000.parquet", 50, 100) and chunks[1].part == "part-00000-00000050"
-    assert runtime_replicas(engine(replicas=(1, 8)), 20) == (1, 3) and runtime_replicas(engine(replicas=(1, 8)), 3) == (1, 1) and runtime_replicas(engine(replicas=4), 2) == (2, 2)
+    assert (
+        runtime_replicas(engine(replicas=(1, 8)), 20) == (1, 3)
+        and runtime_replicas(engine(replicas=(1, 8)), 3) == (1, 1)
+        and runtime_replicas(engine(replicas=4), 2) == (2, 2)
+    )
 
 
 @pytest.mark.ray

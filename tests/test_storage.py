@@ -320,21 +320,22 @@ def test_an_endpoint_that_is_none(monkeypatch):
         Store("s3://mulcot/x").read("k")
 
 
-def test_the_server_is_killed_and_comes_back(far, s3_server, monkeypatch):
+def test_the_server_is_killed_and_comes_back(s3_server, tmp_path, monkeypatch):
     """Eight threads create, swap and read through a SIGKILL of the server: what was said to be written is there, once and whole."""
     monkeypatch.setattr(storage, "LONGEST_PAUSE", 1.0)
+    store = Store(f"s3://{s3_server.bucket}/{tmp_path.name}")  # past the proxy: while the server is down, nobody listens
     killed = threading.Event()
 
     def work(thread):
         wins = []
         for i in range(12):
             key = f"part-{i:03d}"  # every thread wants every part
-            if far.create(key, b"%d by %d" % (i, thread)):
+            if store.create(key, b"%d by %d" % (i, thread)):
                 wins.append(key)
             if i == 6 and not killed.is_set():
                 killed.set()
                 threading.Thread(target=restart).start()
-        count_up(far, 3)
+        count_up(store, 3)
         return wins
 
     def restart():
@@ -344,14 +345,14 @@ def test_the_server_is_killed_and_comes_back(far, s3_server, monkeypatch):
         back.set()
 
     back = threading.Event()
-    far.write("t.parquet", parquet_bytes(pa.table({"a": list(range(5000))})))
+    store.write("t.parquet", parquet_bytes(pa.table({"a": list(range(5000))})))
     with ThreadPoolExecutor(8) as pool:
         wins = list(pool.map(work, range(8)))
     assert back.wait(60) and sorted(sum(wins, [])) == [f"part-{i:03d}" for i in range(12)]
     for thread, keys in enumerate(wins):
-        assert all(far.read(k) == b"%d by %d" % (int(k[-3:]), thread) for k in keys)
-    assert far.read("n") == b"24"
-    with far.parquet("t.parquet") as f:
+        assert all(store.read(k) == b"%d by %d" % (int(k[-3:]), thread) for k in keys)
+    assert store.read("n") == b"24"
+    with store.parquet("t.parquet") as f:
         assert f.metadata.num_rows == 5000
 
 

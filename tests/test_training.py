@@ -317,7 +317,10 @@ def test_cached_soft_labels_train_like_the_assistant(store, runtime, online):
     """From a table of the whole vocabulary, rounded to fp16, without the assistant."""
     cached, _, manifest = run(store, "cached", runtime, workers=2, micro=5, distill={"soft_labels": "cached", "top_k": 1259})
     assert_same(online[1], cached, tolerance=2e-3)
-    assert manifest.identity["distill"]["soft_labels"] == "cached" and "soft labels from: softlabels/soft-" in store.read("models/cached/README.md").decode()
+    assert (
+        manifest.identity["distill"]["soft_labels"] == "cached"
+        and "soft labels from: softlabels/soft-" in store.read("models/cached/README.md").decode()
+    )
     assert len(store.names("softlabels")) == 1
 
 

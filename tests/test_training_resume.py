@@ -45,7 +45,9 @@ def committed(store, name):
     """The step of the last checkpoint that Ray Train has recorded."""
     from mulcot_ray.training.feed import committed_step
 
-    return max((committed_step(store, f"training/{w}") for w in {k.partition("/")[0] for k in store.files("training")} if w.startswith(name)), default=0)
+    return max(
+        (committed_step(store, f"training/{w}") for w in {k.partition("/")[0] for k in store.files("training")} if w.startswith(name)), default=0
+    )
 
 
 @contextmanager

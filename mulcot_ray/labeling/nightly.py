@@ -59,8 +59,7 @@ def nightly(
         Ledger(store, version.name).compact(runtime)
     if held := [o for o in outcomes if o.state == "held"]:
         raise Held(
-            "; ".join(f"{o.manifest.name}: {_why(o.verdicts)}" for o in held)
-            + " See its report.html; `mulcot publish --force` publishes it as it is"
+            "; ".join(f"{o.manifest.name}: {_why(o.verdicts)}" for o in held) + " See its report.html; `mulcot publish --force` publishes it as it is"
         )
     return outcomes
 

@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 
 from mulcot_ray.artifacts import Manifest
+from mulcot_ray.console import log_in_worker
 from mulcot_ray.errors import TrainingError
+from mulcot_ray.observing import trained
 from mulcot_ray.prompts import Contract
 from mulcot_ray.recipe import Distill, Train
 from mulcot_ray.records import Task
@@ -72,6 +74,7 @@ def worker(job: Job) -> None:
 
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    log_in_worker(run=job.live.rpartition("/")[0], stage="train", rank=str(rank))
     if job.device == "cpu":
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     drafts = Drafts(job.work, rank)
@@ -257,6 +260,8 @@ class Trainer:
         return {"score": score, "epoch": state.epoch, "step": state.step, **found}
 
     def _tell(self, values: dict[str, float]) -> None:
+        if self.rank == 0:
+            trained(self.job.live.rpartition("/")[0], self.state.step, self.job.order.total, values)
         if self.rank == 0 and self.job.board is not None:
             with contextlib.suppress(Exception):  # progress is never a reason to fail
                 self.job.board.put.remote(self.state.step, self.job.order.total, values)
