@@ -69,7 +69,9 @@ def slept(at: Site, root: str) -> str:
     assert code == 0, at.said.read_text()
     os.kill(sleeper.pid, signal.SIGCONT)
     assert sleeper.wait(120) == 1
-    return said.read_text().strip()
+    last = said.read_text().strip().splitlines()[-1]
+    assert last.startswith("Busy: ") and "took it over" in last, said.read_text()
+    return last
 
 
 def with_vllm(at: Site, posts: int, seed: int) -> str:
@@ -92,7 +94,8 @@ def with_vllm(at: Site, posts: int, seed: int) -> str:
         for runs in range(1, 4):
             at.mark = uuid.uuid4().hex
             code = at.run(
-                [str(Path(sys.executable).with_name("mulcot")), "nightly", dump.root, "--model", "builtin:student", "--root", root], joined=False
+                [str(Path(sys.executable).with_name("mulcot")), "nightly", "--input", dump.root, "--model", "builtin:student", "--root", root],
+                joined=False,
             )
             for p in of_mark(at.mark):  # what a killed driver has left of its Ray ends by itself, in a while
                 with contextlib.suppress(psutil.NoSuchProcess):

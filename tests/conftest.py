@@ -29,7 +29,7 @@ def s3_bucket(s3_server):
 def runtime():
     from mulcot_ray.recipe import load_runtime
 
-    return load_runtime("laptop").model_copy(update={"rows_per_chunk": 16})
+    return load_runtime("laptop").model_copy(update={"rows_per_chunk": 16, "parity_posts": 0})
 
 
 @pytest.fixture(scope="session")

@@ -362,7 +362,7 @@ def two_at_once(at: Site, root: str) -> str:
         said.append(at.said)
     codes = [d.wait(300) for d in drivers]
     assert sorted(codes) == [0, 1], f"two at once ended with {codes}"
-    return said[codes.index(1)].read_text().strip()
+    return said[codes.index(1)].read_text().strip().splitlines()[-1]
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ HERE = Path(__file__)
 HELD_AT = {"row": 80, "_Intake": 6, "FindFates": 6, "_Bucket": 6, "step": 9, "export": 1}
 # A machine that is gone is noticed after 3 s, not Ray's 15.
 NOTICE = {"RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
+START_S = 180.0
 
 
 # --- machines --------------------------------------------------------------------------------------------------------
@@ -62,15 +63,19 @@ class Machines:
     made: int = 0
 
     def want(self, count: int) -> None:
-        """So many machines, new ones for those that are gone."""
-        new = [self._start() for _ in range(count - len(self.alive))]
-        self.alive += new
-        deadline = time.monotonic() + 90
-        for m in new:
-            while "Ray runtime started" not in (m.disk / "log").read_text():
-                if m.process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError((m.disk / "log").read_text()[-3000:])
-                time.sleep(0.1)
+        """So many machines, new ones for those that are gone. Where this one is busy, some do not come up: others are tried."""
+        deadline = time.monotonic() + START_S
+        while len(self.alive) < count:
+            new = [self._start() for _ in range(count - len(self.alive))]
+            self.alive += new
+            for m in new:
+                while "Ray runtime started" not in (said := (m.disk / "log").read_text()):
+                    if time.monotonic() > deadline:
+                        raise RuntimeError(said[-3000:])
+                    if m.process.poll() is not None:
+                        self.alive.remove(m)
+                        break
+                    time.sleep(0.1)
 
     def _start(self) -> Machine:
         self.made += 1
@@ -104,7 +109,7 @@ class Machines:
 def machines(cpus: float) -> Iterator[Machines]:
     folder = Path(tempfile.mkdtemp(prefix="mcn", dir="/tmp"))
     paths = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
-    settings = {**NOTICE, "PYTHONPATH": paths, "RAY_enable_worker_prestart": "0"}
+    settings = {**NOTICE, "PYTHONPATH": paths, "RAY_enable_worker_prestart": "0", "RAY_raylet_start_wait_time_s": "90"}
     try:
         with ray_head(folder, "--node-ip-address=127.0.0.1", cpus=0, environment=settings) as head:
             cluster = Machines(head, cpus)

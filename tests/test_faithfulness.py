@@ -12,11 +12,12 @@ from dataclasses import replace
 from statistics import stdev
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from mulcot_ray.artifacts import begin, find, need, read_rows
+from mulcot_ray.artifacts import begin, find, need, parquet_bytes
 from mulcot_ray.engines.base import Completion, EngineSpec, Messages, Sampling, Scores, spec
 from mulcot_ray.engines.scripted import ScriptedEngine
 from mulcot_ray.errors import ConfigError, InputError, RecipeChanged, RowFault
@@ -183,15 +184,16 @@ class Reader(ScriptedEngine):
 def in_this_process(engine: Any) -> Any:
     """Stands for run_chunks: the same work, posts and tables, with an engine that can be looked into."""
 
-    def run_chunks(run: Any, posts: Any, chosen: Any, spec: Any, work: Any, runtime: Any, progress: Any) -> None:
-        kept, rejects = [], []
-        for p in (from_row(Post, r) for r in read_rows(run.store, posts)):
+    def run_chunks(target: Any, source: Any, chosen: Any, spec: Any, work: Any, runtime: Any, progress: Any) -> None:
+        kept, rejects, store = [], [], target.store
+        tables = [pq.read_table(store.path(f"{source.prefix}/{f}")) for f in source.files]
+        for p in (from_row(Post, r) for t in tables for r in t.to_pylist()):
             try:
                 kept.append(asyncio.run(work(engine, p, post_image(p, CONTRACT.image.side))))
             except RowFault as f:
-                rejects.append(Reject(p.post_id, run.identity["stage"], f.reason, f.detail))
-        run.write_table("part-00000", to_table(work.kind, kept))
-        run.write_table("part-00000", to_table(Reject, rejects), rejects=True)
+                rejects.append(Reject(p.post_id, target.stage, f.reason, f.detail))
+        store.create(f"{target.prefix}/part-00000.parquet", parquet_bytes(to_table(work.kind, kept)))
+        store.create(f"{target.prefix}/rejects/part-00000.parquet", parquet_bytes(to_table(Reject, rejects)))
 
     return run_chunks
 

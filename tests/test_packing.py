@@ -18,8 +18,8 @@ from mulcot_ray.prompts import Contract
 from mulcot_ray.recipe import HERE, Lora, Train, load_recipe
 from mulcot_ray.records import Split, Task
 from mulcot_ray.training.examples import IGNORE, Example, Picture, collate, encode_picture, supervised
-from mulcot_ray.training.losses import answer_positions, core
-from mulcot_ray.training.model import build, load, load_processor
+from mulcot_ray.training.losses import answer_positions
+from mulcot_ray.training.model import build, core, load, load_processor
 from mulcot_ray.training.packing import Packer, answer_rows, answer_start, answer_tokens, last_hidden, micro_batches
 
 FOLDER = str(HERE / "models" / "student")

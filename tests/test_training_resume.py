@@ -99,6 +99,8 @@ def test_a_killed_worker_a_killed_driver_and_other_workers_change_nothing(store,
         driver_killed_at = time.time()
     before = committed(store, "killed")
     assert 9 <= before < 4 * EPOCHS, "it was killed on the way"
+    kept = {k.split("/")[1] for k in store.files("training") if k.startswith("killed") and "/step-" in k}
+    assert len(kept) <= 3, f"the best, the last, and one on its way: {kept}"
     resumed, history, manifest = run(store, "killed", runtime, workers=3, micro=4, train=train(), checkpoint_steps=3)
     assert_same(undisturbed, resumed)
     times = [s["time"] for s in history["steps"]]

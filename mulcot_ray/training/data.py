@@ -4,9 +4,10 @@ The index is held in memory (five integers a row), the rows are not: readers kee
 epoch has one permutation of all rows, and the epochs' rows, one after the other, are cut into global batches; worker r of w takes the
 r-th slice of each. So the batches are the same whatever the number of workers, and a run goes on at any step.
 
-Parquet is read by row groups (1,024 rows), not by rows. Where the groups of a corpus do not fit into WINDOW_BYTES, the permutation is of windows:
-the groups are shuffled, as many as fit make a window, and rows are shuffled within it. Each group is then read about once an epoch by each
-reader, instead of once for almost every row. Real tweets (85 kB a picture) fill a window with 3,000 rows; the sample corpus is one window.
+Parquet is read by row groups (256 posts that were imported), not by rows. Where the groups of a corpus do not fit into WINDOW_BYTES, the permutation
+is of windows: the groups are shuffled, as many as fit make a window, and rows are shuffled within it. Each group is then read about once an
+epoch by each reader, instead of once for almost every row. Posts of Twitter-2015 (49 kB with their pictures) fill a window by 5,000; all of
+its training split is one window.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 
 from mulcot_ray.artifacts import Manifest
 from mulcot_ray.errors import TrainingError
+from mulcot_ray.prompts import digest
 from mulcot_ray.records import Post, Rationale, Split, from_row
 from mulcot_ray.storage import Store
 
@@ -35,9 +37,11 @@ WINDOW_BYTES = 256 << 20  # of posts, as Parquet says it
 class Index:
     """Rows of a split: `rows` int32 [n, 5] = post file, post row, rationale file (-1: none), rationale row, post row group. Pickles.
 
-    `starts[f]` are the first rows of the row groups of file f; `sizes` int64 [groups], bytes by the numbers in the last column of `rows`.
+    `name` stands for the content: two of one name are equal. `starts[f]` are the first rows of the row groups of file f; `sizes` int64
+    [groups], bytes by the numbers in the last column of `rows`.
     """
 
+    name: str
     store: Store
     files: tuple[str, ...]
     starts: tuple[tuple[int, ...], ...]
@@ -46,6 +50,12 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Index) and other.name == self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
     def fetch(self, i: int) -> tuple[Post, Rationale | None]:
         pf, pr, rf, rr, _ = (int(x) for x in self.rows[i])
@@ -94,7 +104,8 @@ def index(store: Store, posts: Manifest, split: Split, rationales: list[Manifest
     if not rows:
         what = f" with a rationale in {', '.join(m.name for m in rationales)}" if rationales else ""
         raise TrainingError(f"posts {posts.name!r} has no labelled post of split {split}{what}")
-    return Index(store, tuple(files), tuple(starts), np.array(rows, np.int32), np.array(sizes, np.int64))
+    name = digest([posts.fingerprint, split, [m.fingerprint for m in rationales or ()]])
+    return Index(name, store, tuple(files), tuple(starts), np.array(rows, np.int32), np.array(sizes, np.int64))
 
 
 # --- the order -------------------------------------------------------------------------------------------------------

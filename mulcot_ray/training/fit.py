@@ -76,7 +76,8 @@ def fit(run: Run, job: Job, runtime: Runtime, spec: EngineSpec, progress: Progre
     try:
         exported = ray.get(task.remote(export, best, result.checkpoint, job, metrics, run.prefix, card, checked, runtime.parity_posts))
     except ray.exceptions.RayTaskError as e:
-        raise own_error(e) or e from e
+        cause = getattr(e, "cause", None) or e  # without Ray's traceback
+        raise own_error(cause) or cause from e
     stats = {k: metrics[k] for k in ("accuracy", "macro_f1", "temperature", "epoch", "step") if k in metrics}
     manifest = run.commit(len(job.order.index), stats=stats | {"rows": len(job.order.index)} | exported)
     _remove(store, f"training/{job.work}")

@@ -342,9 +342,3 @@ def answer_positions(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     targets = labels[:, 1:]
     keep = targets != IGNORE
     return hidden[:, :-1][keep], targets[keep]
-
-
-def core(model: torch.nn.Module) -> torch.nn.Module:
-    """The transformers model inside a peft wrapper, or the model itself."""
-    inner: torch.nn.Module = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
-    return inner

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from mulcot_ray.records import Task
 from mulcot_ray.training.examples import IGNORE, Example, Picture
-from mulcot_ray.training.losses import core
+from mulcot_ray.training.model import core
 
 FORKED = "mulcot_forked"  # the name of `forked` among transformers' attention functions
 Posts = Sequence[Mapping[Task, Example]]
