@@ -4,7 +4,7 @@
 
 pipeline   `mulcot label`: posts table → chunks on Ray Data → vLLM actor → committed parts; scored label words, one prefill a post
 bare       a program without Ray that does the same for the same rows: reads the same table, decodes, renders, AsyncLLM, one Parquet file
-rationale  the pipeline with a rationale for every post (on --posts / 8 posts)
+rationale  the pipeline with a rationale for every post (on --posts / 8 posts, in smaller chunks: they end one by one)
 reference  plain transformers `generate` of the whole answer, a batch of one, as METHOD.md says of the authors' scripts (on 24 posts)
 
 Everything is timed without the engine's start: `bare` and `reference` from an engine that has answered once, the pipeline from its first finished
@@ -140,11 +140,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, session(runtime):
         store = Store(folder)
         import_sample(store, "sample", train=0, validation=0, test=a.posts, seed=1)
-        import_sample(store, "few", train=0, validation=0, test=max(128, a.posts // 8), seed=2)
+        import_sample(store, "few", train=0, validation=0, test=max(256, a.posts // 8), seed=2)
         ways: dict[str, Any] = {
             "pipeline": lambda i: pipeline(store, f"p-{i}", "sample", runtime),
             "bare": lambda i: apart(module.bare, folder, "sample", places),
-            "rationale": lambda i: pipeline(store, f"r-{i}", "few", runtime, "explain"),
+            "rationale": lambda i: pipeline(store, f"r-{i}", "few", runtime.model_copy(update={"rows_per_chunk": 8}), "explain"),
             "reference": lambda i: apart(module.reference, folder, "sample", 24),
         }
         for i in range(a.repeat):

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from statistics import median
@@ -117,7 +117,8 @@ def about(**ids: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _about.reset(token)
+        with suppress(ValueError):  # left in another thread than it was entered in, whose lines say nothing of it anyway
+            _about.reset(token)
 
 
 class JsonLines(logging.Formatter):

@@ -144,19 +144,20 @@ def test_a_stale_lease_is_taken_over_by_one(store):
         runs = [begin(store, "predictions", f"x{turn}", {}) for _ in range(8)]
         gate = threading.Barrier(8)
 
-        def enter(run, gate=gate):
+        def work(run, gate=gate):
             gate.wait()
             try:
-                return run.__enter__()
+                with run:
+                    gate.wait()  # until all have tried
+                    run.check()
+                    return None
             except Busy as e:
+                gate.wait()
                 return str(e)
 
         with ThreadPoolExecutor(8) as pool:
-            got = list(pool.map(enter, runs))
-        winners = [g for g in got if not isinstance(g, str)]
-        assert len(winners) == 1 and all(re.search("took over at this moment|is being written by process", g) for g in got if isinstance(g, str))
-        winners[0].check()
-        winners[0].__exit__(None, None, None)
+            said = list(pool.map(work, runs))
+        assert said.count(None) == 1 and all(re.search("took over at this moment|is being written by process", s) for s in said if s)
         assert "lease.json" not in store.files(f"predictions/x{turn}")
 
 
