@@ -60,9 +60,9 @@ def test_a_night_loses_a_machine_in_each_of_its_steps(cluster: Machines, s3_buck
     assert disturbed == calm
     assert calm["state"] == "published" and calm["rows_in"] == there["rows"] and not calm["left"]
     for step, gone in lost:
-        done = [x["of"] for x in noted(cluster.head.folder, step)]
-        cut = [x["of"] for x in noted(cluster.head.folder, step) if x["machine"] == gone]
-        assert any(done.count(x) > 1 for x in cut), "what it had begun was begun again"
+        begun = [(x["machine"], x["of"]) for x in noted(cluster.head.folder, step)]
+        again = [of for machine, of in begun if machine != gone and (gone, of) in begun]
+        assert again, f"{step}: what {gone} had begun is begun again by others: {begun}"
 
 
 def test_training_goes_on_from_the_checkpoint_on_another_machine(cluster: Machines, roots: tuple[str, str]) -> None:

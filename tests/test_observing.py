@@ -185,7 +185,8 @@ def test_counting_costs_nothing_that_is_noticed(ray_session: None) -> None:
 
 @pytest.fixture
 def _own_logging() -> Iterator[None]:
-    """pytest's handlers are put back."""
+    """pytest's handlers are put back. Warnings are not captured yet, whatever a command of an earlier test left behind."""
+    logging.captureWarnings(False)
     root = logging.getLogger()
     handlers, level, filters = list(root.handlers), root.level, list(warnings.filters)
     yield

@@ -11,7 +11,7 @@ import datetime
 import hashlib
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mulcot_ray.errors import InputError, RowFault
-from mulcot_ray.posts.fields import Row, as_post_or_reject, as_reject, row_id
+from mulcot_ray.posts.fields import Row, as_post_or_reject
 from mulcot_ray.posts.inputs import (
     MAX_LINE,
     SUFFIXES,
@@ -122,7 +122,7 @@ def read_unit(path: str, unit: Unit, images: str | None) -> Iterator[tuple[int, 
     try:
         rows = _parquet(fs, at, unit) if unit.format == "parquet" else _jsonl(fs, at, unit)
         for number, (where, row) in enumerate(rows):
-            post = _as_post_or_reject(where, row, images)
+            post = as_post_or_reject(where, row, images, ())
             if isinstance(post, Post) and post.image_bytes is not None:
                 post = replace(post, image_sha256=hashlib.sha256(post.image_bytes).hexdigest())
             yield number, post
@@ -130,13 +130,6 @@ def read_unit(path: str, unit: Unit, images: str | None) -> Iterator[tuple[int, 
         _check_tag(fs, at, unit)
         raise InputError(f"{unit.file} cannot be read: {e}") from e
     _check_tag(fs, at, unit)
-
-
-def _as_post_or_reject(where: str, row: Mapping[str, Any] | RowFault, images: str | None) -> Post | Reject:
-    try:
-        return as_post_or_reject(where, row, images, ())
-    except RecursionError:  # an unknown field that could just be parsed, and can't be written into meta; a row of a stranger must not end a night
-        return as_reject(where if isinstance(row, RowFault) else row_id(row), RowFault(Reason.BAD_VALUE, "a field is nested too deeply"))
 
 
 def absolute(path: str) -> str:
