@@ -108,19 +108,38 @@ def tasks(runtime: Runtime, kind: type, args: tuple[Any, ...], rows: Sequence[di
     """
     if not rows:
         return
+    with session(runtime):
+        batches = mapped([{"row": json.dumps(r)} for r in rows], _each, blocks=min(len(rows), TASKS), fn_args=(kind, args), num_cpus=cpus)
+        for batch in batches:
+            yield from map(json.loads, batch["result"])
+
+
+def mapped(
+    rows: Sequence[dict[str, Any]], function: Callable[..., Any], *, blocks: int | None = None, pool: dict[str, int] | None = None, **options: Any
+) -> Iterator[dict[str, Any]]:
+    """Ray Data's `map_batches` of `function`, a row at a time, in the current session: its batches as they come, in no order.
+
+    `blocks`: tasks, if not one for each row. `pool`: settings of an ActorPoolStrategy, where `function` is the class of an actor.
+    Raises our own errors as they were raised, and others as EngineError.
+    """
     import ray.data
 
-    with session(runtime):
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        found = ray.data.from_items([{"row": json.dumps(r)} for r in rows], override_num_blocks=min(len(rows), TASKS))
-        done = found.map_batches(_each, fn_args=(kind, args), batch_size=1, num_cpus=cpus)
-        try:
-            for batch in done.iter_batches(batch_size=None, prefetch_batches=0):
-                yield from map(json.loads, batch["result"])
-        except Exception as e:
-            raise own_error(e) or EngineError(f"the workers failed: {type(e).__name__}: {str(e)[:300]}. Logs: {log_folder()}") from e
+    if pool is not None:
+        options["compute"] = ray.data.ActorPoolStrategy(**pool)
+    yield from stream(ray.data.from_items(list(rows), override_num_blocks=blocks or len(rows)).map_batches(function, batch_size=1, **options))
+
+
+def stream(dataset: Any, **options: Any) -> Iterator[Any]:
+    """The batches of a Ray Data dataset as they come, without its own progress bars; its errors as `mapped` has them."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    try:
+        yield from dataset.iter_batches(batch_size=None, prefetch_batches=0, **options)
+    except Exception as e:
+        raise own_error(e) or EngineError(f"the workers failed: {type(e).__name__}: {str(e)[:300]}. Logs: {log_folder()}") from e
 
 
 def _each(batch: dict[str, Any], kind: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, Any]:

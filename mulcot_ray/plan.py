@@ -18,12 +18,14 @@ from rich.text import Text
 
 from mulcot_ray.artifacts import Kind, Manifest, find, need
 from mulcot_ray.engines.base import ENDPOINT, EngineSpec, Role, spec
-from mulcot_ray.engines.chunks import IN_FLIGHT, read_commits, runtime_replicas
-from mulcot_ray.engines.chunks import plan as cut
+from mulcot_ray.engines.chunks import runtime_replicas
 from mulcot_ray.engines.preview import Preview, Prompts, Question, model_files, tokenizer_of
+from mulcot_ray.engines.scope import IN_FLIGHT
+from mulcot_ray.engines.scope import plan as cut
 from mulcot_ray.engines.sizing import Shape, known_shape, row_seconds, sequences, shape_of
 from mulcot_ray.engines.work import Mode
 from mulcot_ray.errors import ConfigError, InputError
+from mulcot_ray.parts import read_commits
 from mulcot_ray.posts.survey import spread, survey
 from mulcot_ray.prices import Prices, load_prices
 from mulcot_ray.recipe import Recipe, Runtime

@@ -11,7 +11,7 @@ ROOT = Path(mulcot_ray.__file__).parent
 # Each layer may import itself and those above it in this list. Stages import no other stage.
 LAYERS = [
     {"errors", "records"},
-    {"prompts", "recipe", "storage", "artifacts", "calibration", "cluster", "console", "html", "observing", "prices"},
+    {"prompts", "recipe", "storage", "artifacts", "calibration", "cluster", "console", "html", "observing", "parts", "prices"},
     {"posts", "engines"},
     {"teaching", "training", "evaluation", "labeling", "serving"},
     {"cli", "demo", "plan", "doctor", "machines", "sweep", "lineage", "replay", "submit", "status", "run_page", "spot"},

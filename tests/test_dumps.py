@@ -263,7 +263,9 @@ def test_a_row_that_is_nested_as_deep_as_can_be_parsed(tmp_path: Path) -> None:
             f.write(b'{"id": "%d", "text": "t", "deep": %s}\n' % (depth, b"[" * depth + b"]" * depth))
     rows = read(folder)
     assert len(rows) == 200 and isinstance(rows[0], Post) and isinstance(rows[-1], Reject)
-    assert {r.reason for r in rows if isinstance(r, Reject)} == {Reason.BAD_LINE}, "wherever Python's stack ends: in reading, or in writing it into meta"
+    assert {r.reason for r in rows if isinstance(r, Reject)} == {Reason.BAD_LINE}, (
+        "wherever Python's stack ends: in reading, or in writing it into meta"
+    )
 
 
 # --- compressed ----------------------------------------------------------------------------------------------------------

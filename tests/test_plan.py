@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from mulcot_ray.artifacts import begin, need, read_rows, resolve_model
-from mulcot_ray.engines.chunks import commit_part
-from mulcot_ray.engines.chunks import plan as cut
 from mulcot_ray.engines.preview import Preview, Question, model_files, tokenizer_of
+from mulcot_ray.engines.scope import plan as cut
 from mulcot_ray.errors import ArtifactMissing, ConfigError, InputError
+from mulcot_ray.parts import commit_part
 from mulcot_ray.plan import plan, show
 from mulcot_ray.posts.sample import sample_posts
 from mulcot_ray.posts.survey import spread, survey
@@ -190,7 +190,7 @@ def half_done(
             else:
                 kept = [Rationale(f"{c.part}-{i}", "predicted", "m", "c", "t", "i", "r", "f", Sentiment.NEUTRAL) for i in range(n)]
             tally = Counter(rows_in=n, rejects=0, milliseconds=milliseconds * n)
-            commit_part(store, run.prefix, c.part, record, kept, [], tally)
+            commit_part(store, run.prefix, c.part, to_table(record, kept), [], tally)
         return run.commit(source.rows, stats=stats) if finish else None
 
 

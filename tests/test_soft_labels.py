@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from mulcot_ray.artifacts import Manifest, Run, begin, need, read_rows
-from mulcot_ray.engines.chunks import read_commits
 from mulcot_ray.errors import ConfigError, RecipeChanged, TrainingError
+from mulcot_ray.parts import read_commits
 from mulcot_ray.posts.sample import reference_rationale, sample_posts
 from mulcot_ray.recipe import HERE, load_recipe, load_runtime
 from mulcot_ray.records import Post, Rationale, Split, Task, to_table

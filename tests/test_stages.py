@@ -7,7 +7,8 @@ import pytest
 
 from mulcot_ray.artifacts import begin, find, need, read_rows
 from mulcot_ray.engines.base import EngineSpec, Sampling
-from mulcot_ray.engines.chunks import Chunk, plan, runtime_replicas
+from mulcot_ray.engines.chunks import runtime_replicas
+from mulcot_ray.engines.scope import Chunk, plan
 from mulcot_ray.errors import EngineError, InputError, RecipeChanged
 from mulcot_ray.labeling.label import label
 from mulcot_ray.posts.sample import sample_posts

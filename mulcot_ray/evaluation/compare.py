@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from mulcot_ray.artifacts import Manifest, find, need
-from mulcot_ray.engines.chunks import Progress
+from mulcot_ray.console import Progress
 from mulcot_ray.errors import ConfigError, InputError
 from mulcot_ray.evaluation.evaluate import Pages, posts_of, publish
 from mulcot_ray.evaluation.matching import Bucket, Rows, answers, match

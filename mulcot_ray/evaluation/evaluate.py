@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from mulcot_ray.artifacts import Manifest, Run, begin, find, need
-from mulcot_ray.engines.chunks import Progress
+from mulcot_ray.console import Progress
 from mulcot_ray.errors import ArtifactError, ConfigError, InputError
 from mulcot_ray.evaluation.calibration import scaled, temperature
 from mulcot_ray.evaluation.matching import RECORDS, Bucket, match, table

@@ -25,8 +25,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mulcot_ray.artifacts import Manifest, begin, find, need, read_rows
+from mulcot_ray.console import Progress
 from mulcot_ray.engines.base import Engine, EngineSpec, Role, engine_spec
-from mulcot_ray.engines.chunks import Progress, Selection, run_chunks, source_of, target_of
+from mulcot_ray.engines.chunks import run_chunks
+from mulcot_ray.engines.scope import Selection, source_of, target_of
 from mulcot_ray.engines.work import LabelWork
 from mulcot_ray.errors import ConfigError, InputError
 from mulcot_ray.evaluation.evaluate import load_report

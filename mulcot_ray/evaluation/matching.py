@@ -24,8 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mulcot_ray.artifacts import Manifest
-from mulcot_ray.cluster import log_folder, own_error, session
-from mulcot_ray.errors import ConservationError, EngineError
+from mulcot_ray.cluster import session, stream
+from mulcot_ray.errors import ConservationError
 from mulcot_ray.recipe import Runtime
 from mulcot_ray.records import LABELS, SECTIONS, Prediction, Rationale, Split
 from mulcot_ray.storage import Store
@@ -124,9 +124,6 @@ def _by_ray(
     with session(runtime):
         import ray.data
 
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
         inputs = [replace(i, manifest=i.manifest.model_copy(update={"files": {}})) for i in inputs]  # workers need no long lists of files
         reads = [{"pieces": json.dumps([vars(p) for p in some])} for some in _together(pieces)]
         matched = (
@@ -136,17 +133,12 @@ def _by_ray(
             .map_groups(partial(_work_task, inputs, work), batch_format="pyarrow")
         )
         seen = set[int]()
-        try:
-            for results in matched.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
-                for bucket, result in zip(results["bucket"].to_pylist(), results["result"].to_pylist(), strict=True):
-                    if bucket in seen:
-                        raise ConservationError(f"bucket {bucket} was worked on in two parts. Nothing is published; please report this.")
-                    seen.add(bucket)
-                    yield pickle.loads(result)
-        except ConservationError:
-            raise
-        except Exception as e:
-            raise own_error(e) or EngineError(f"the workers failed: {type(e).__name__}. Logs: {log_folder()}") from e
+        for results in stream(matched, batch_format="pyarrow"):
+            for bucket, result in zip(results["bucket"].to_pylist(), results["result"].to_pylist(), strict=True):
+                if bucket in seen:
+                    raise ConservationError(f"bucket {bucket} was worked on in two parts. Nothing is published; please report this.")
+                seen.add(bucket)
+                yield pickle.loads(result)
 
 
 def _together(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:

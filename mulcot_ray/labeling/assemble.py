@@ -24,12 +24,12 @@ import pyarrow.parquet as pq
 
 from mulcot_ray.artifacts import Run, parquet_bytes
 from mulcot_ray.cluster import tasks
-from mulcot_ray.engines.chunks import read_commits
 from mulcot_ray.engines.work import NOT_ASKED
 from mulcot_ray.errors import ConservationError
 from mulcot_ray.labeling.ledger import ENTRY, PAYLOAD, Ledger
 from mulcot_ray.labeling.scoring import Scored, confidence
 from mulcot_ray.labeling.version import Version
+from mulcot_ray.parts import read_commits
 from mulcot_ray.recipe import Runtime
 from mulcot_ray.records import Fate, Labelled, Prediction, Reason, Reject
 from mulcot_ray.storage import Store

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 
 from mulcot_ray.artifacts import Run, parquet_bytes
 from mulcot_ray.cluster import tasks
-from mulcot_ray.engines.chunks import Progress
+from mulcot_ray.console import Progress
 from mulcot_ray.errors import ArtifactError, RecipeChanged
 from mulcot_ray.posts.dumps import Unit, absolute, read_unit
 from mulcot_ray.posts.importers import check_images

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from mulcot_ray.artifacts import Manifest, begin, need
+from mulcot_ray.console import Progress
 from mulcot_ray.engines.base import EngineSpec, Role, engine_spec
-from mulcot_ray.engines.chunks import Progress, Selection, run_chunks, source_of, target_of
+from mulcot_ray.engines.chunks import run_chunks
+from mulcot_ray.engines.scope import Selection, source_of, target_of
 from mulcot_ray.engines.work import LabelWork, Mode
 from mulcot_ray.recipe import Recipe, Runtime
 from mulcot_ray.records import Split

@@ -30,8 +30,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mulcot_ray.cluster import tasks
-from mulcot_ray.engines.chunks import TALLY
 from mulcot_ray.errors import ArtifactError, ConservationError
+from mulcot_ray.parts import TALLY
 from mulcot_ray.recipe import Runtime
 from mulcot_ray.records import Prediction
 from mulcot_ray.storage import Store

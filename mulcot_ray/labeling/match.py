@@ -32,10 +32,11 @@ import pyarrow.parquet as pq
 
 from mulcot_ray.artifacts import Run, parquet_bytes
 from mulcot_ray.cluster import tasks
-from mulcot_ray.engines.chunks import TALLY, Progress
+from mulcot_ray.console import Progress
 from mulcot_ray.errors import ConservationError
 from mulcot_ray.labeling.intake import read_groups
 from mulcot_ray.labeling.ledger import KEY, PAYLOAD, Column, Ledger, View, as_bytes, as_keys
+from mulcot_ray.parts import TALLY
 from mulcot_ray.recipe import Runtime
 from mulcot_ray.records import Fate, Post, Split
 from mulcot_ray.storage import Store

@@ -27,7 +27,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from mulcot_ray.artifacts import Manifest, Run, begin, find, need
-from mulcot_ray.engines.chunks import Progress
+from mulcot_ray.console import Progress
 from mulcot_ray.engines.pace import Pace
 from mulcot_ray.errors import ConservationError, InputError
 from mulcot_ray.labeling.assemble import HISTOGRAM, assemble, intake_rejects

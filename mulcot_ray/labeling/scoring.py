@@ -20,8 +20,10 @@ import pyarrow.parquet as pq
 
 from mulcot_ray.artifacts import Manifest, Run, parquet_bytes
 from mulcot_ray.cluster import tasks
-from mulcot_ray.engines.chunks import Progress, Selection, Source, Target, run_chunks
+from mulcot_ray.console import Progress
+from mulcot_ray.engines.chunks import run_chunks
 from mulcot_ray.engines.pace import Pace
+from mulcot_ray.engines.scope import Selection, Source, Target
 from mulcot_ray.engines.work import BINS
 from mulcot_ray.labeling.match import matched
 from mulcot_ray.labeling.version import Answerer, Version

@@ -36,9 +36,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mulcot_ray.artifacts import Manifest, Run, begin, need, parquet_bytes, read_rows
-from mulcot_ray.cluster import log_folder, own_error, session
-from mulcot_ray.engines.chunks import Chunk, Progress, plan
-from mulcot_ray.errors import ConfigError, EngineError, RowFault
+from mulcot_ray.cluster import mapped, session
+from mulcot_ray.console import Progress
+from mulcot_ray.engines.scope import Chunk, plan
+from mulcot_ray.errors import ConfigError, RowFault
 from mulcot_ray.posts.images import open_image, read_ref
 from mulcot_ray.posts.joining import PERMUTATIONS, Column, Groups, Signatures, group
 from mulcot_ray.recipe import Runtime
@@ -211,24 +212,10 @@ def _sign_all(run: Run, posts: Manifest, chunks: list[Chunk], exact_only: bool, 
     if not todo:
         return
     with session(runtime):
-        import ray.data
-
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        rows = [{"file": c.file, "lo": c.lo, "hi": c.hi} for c in todo]
-        signed = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            _sign_chunks,
-            fn_kwargs={"store": run.store, "source": f"posts/{posts.name}", "target": f"{run.prefix}/work", "exact_only": exact_only},
-            batch_size=1,
-            num_cpus=1,
-        )
-        try:
-            for batch in signed.iter_batches(batch_size=None, prefetch_batches=0):
-                done += int(sum(batch["rows"]))
-                progress(done, posts.rows, 0)
-        except Exception as e:
-            raise own_error(e) or EngineError(f"the workers failed: {type(e).__name__}. Logs: {log_folder()}") from e
+        work = {"store": run.store, "source": f"posts/{posts.name}", "target": f"{run.prefix}/work", "exact_only": exact_only}
+        for batch in mapped([{"file": c.file, "lo": c.lo, "hi": c.hi} for c in todo], _sign_chunks, fn_kwargs=work, num_cpus=1):
+            done += int(sum(batch["rows"]))
+            progress(done, posts.rows, 0)
 
 
 def _sign_chunks(batch: dict[str, Any], store: Store, source: str, target: str, exact_only: bool) -> dict[str, list[int]]:

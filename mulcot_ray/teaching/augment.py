@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from mulcot_ray.artifacts import Manifest, need
+from mulcot_ray.console import Progress
 from mulcot_ray.engines.base import EngineSpec, engine_spec
-from mulcot_ray.engines.chunks import Progress, Selection
+from mulcot_ray.engines.scope import Selection
 from mulcot_ray.recipe import Recipe, Runtime
 from mulcot_ray.records import Source, Split, Task
 from mulcot_ray.storage import Store

@@ -18,13 +18,16 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mulcot_ray.artifacts import Manifest, Run, begin
+from mulcot_ray.console import Progress
 from mulcot_ray.engines.ask import Asked, ask, sampling
 from mulcot_ray.engines.base import Engine, EngineSpec
-from mulcot_ray.engines.chunks import Chunk, Progress, Selection, commit_part, read_commits, run_chunks, source_of, target_of
+from mulcot_ray.engines.chunks import run_chunks
+from mulcot_ray.engines.scope import Chunk, Selection, source_of, target_of
 from mulcot_ray.errors import ConfigError, InputError, RowFault
+from mulcot_ray.parts import commit_part, read_commits
 from mulcot_ray.prompts import Contract
 from mulcot_ray.recipe import Recipe, Runtime
-from mulcot_ray.records import SECTIONS, Post, Prediction, Rationale, Reason, Reject, Sentiment, Source, Task, from_row
+from mulcot_ray.records import SECTIONS, Post, Prediction, Rationale, Reason, Reject, Sentiment, Source, Task, from_row, to_table
 from mulcot_ray.storage import Store
 from mulcot_ray.teaching.card import card
 
@@ -189,7 +192,7 @@ def _copy(run: Run, part: str, rows: list[dict[str, Any]], work: RationaleWork, 
                 kept.append(copy)
             tally.update(work.tally(Post(r["post_id"], "", "", label=Sentiment(r["label"]) if r["label"] else None), copy))
     tally["rejects"] = len(rejected)
-    commit_part(run.store, run.prefix, part, Rationale, kept, rejected, tally)
+    commit_part(run.store, run.prefix, part, to_table(Rationale, kept), rejected, tally)
 
 
 def _nested(tally: Counter[str]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ gold label is given and the answer must end on it, at a rising temperature, a bo
 from __future__ import annotations
 
 from mulcot_ray.artifacts import Manifest, need
+from mulcot_ray.console import Progress
 from mulcot_ray.engines.base import EngineSpec, engine_spec
-from mulcot_ray.engines.chunks import Progress, Selection
+from mulcot_ray.engines.scope import Selection
 from mulcot_ray.errors import ConfigError
 from mulcot_ray.recipe import Recipe, Runtime
 from mulcot_ray.records import Source, Split, Task

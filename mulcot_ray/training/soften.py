@@ -10,7 +10,6 @@ distributions (`kl_full`) and by what is kept of them (`kl_kept`), in nats a tok
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,15 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from mulcot_ray.artifacts import Manifest, Run, begin, need, parquet_bytes, resolve_model
-from mulcot_ray.cluster import log_folder, own_error, session
-from mulcot_ray.engines.chunks import LIVES, REJECTS, TALLY, Progress, read_commits
-from mulcot_ray.errors import ConfigError, RowFault, TrainingError
+from mulcot_ray.artifacts import Manifest, Run, begin, need, resolve_model
+from mulcot_ray.cluster import mapped, session
+from mulcot_ray.console import Progress
+from mulcot_ray.engines.scope import LIVES
+from mulcot_ray.errors import ConfigError, RowFault
+from mulcot_ray.parts import Commit, Parts, as_batch, commit_part
 from mulcot_ray.prompts import Contract, digest
 from mulcot_ray.recipe import Distill, Recipe, Runtime
-from mulcot_ray.records import Reject, Split, Task, to_table
+from mulcot_ray.records import Reject, Split, Task
 from mulcot_ray.storage import Store
 from mulcot_ray.training.data import Index, index, row_key
 from mulcot_ray.training.examples import Encoder, Example
@@ -102,46 +103,28 @@ class _Work:
 
 def _run_all(run: Run, work: _Work, each: int, runtime: Runtime, progress: Progress) -> Counter[str]:
     """Make the parts that are not there. Returns the summed counts of all."""
-    store, starts, total = run.store, range(0, len(work.rows), each), len(work.rows) * len(TASKS)
-    there = store.files(run.prefix)
-    done = [lo for lo in starts if f"{part_name(lo)}.parquet" in there]
-    tally, named = Counter[str](), set[str]()
-    for commit in read_commits(store, [f"{run.prefix}/{part_name(lo)}.parquet" for lo in done]):
-        tally.update(commit.tally)
-        named.add(commit.rejects)
-    progress(int(tally["rows_in"]), total, int(tally["rejects"]))
-    todo = [{"lo": lo, "hi": min(lo + each, len(work.rows))} for lo in starts if lo not in set(done)]
-    if todo:
+    ranges = {part_name(lo): {"lo": lo, "hi": min(lo + each, len(work.rows))} for lo in range(0, len(work.rows), each)}
+    parts, total = Parts(run.store, run.prefix, ranges), len(work.rows) * len(TASKS)
+    progress(int(parts.tally["rows_in"]), total, int(parts.tally["rejects"]))
+    if todo := [ranges[n] for n in parts.missing]:
         replicas = runtime.assistant.replicas
         least, most = (replicas, replicas) if isinstance(replicas, int) else replicas
         with session(runtime):
-            import ray.data
-
-            context = ray.data.DataContext.get_current()
-            context.enable_progress_bars = False
-            context.print_on_execution_start = False
-            results = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+            batches = mapped(
+                todo,
                 _Softener,
                 fn_constructor_args=(work,),
-                batch_size=1,
-                compute=ray.data.ActorPoolStrategy(min_size=min(least, len(todo)), max_size=min(most, len(todo))),
+                pool={"min_size": min(least, len(todo)), "max_size": min(most, len(todo))},
                 num_cpus=runtime.assistant.cpus,
                 num_gpus=1 if runtime.device == "cuda" else 0,
                 max_restarts=LIVES,
                 max_task_retries=LIVES,
             )
-            try:
-                for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
-                    for counts, rejects in zip(batch["tally"], batch["rejects"], strict=True):
-                        tally.update(json.loads(counts))
-                        named.add(str(rejects))
-                    progress(int(tally["rows_in"]), total, int(tally["rejects"]))
-            except Exception as e:
-                raise own_error(e) or TrainingError(f"the workers failed: {type(e).__name__}. Logs: {log_folder()}") from e
-    for name in store.files(f"{run.prefix}/rejects"):  # what attempts left that did not commit
-        if name not in named:
-            store.delete(f"{run.prefix}/rejects/{name}")
-    return tally
+            for batch in batches:
+                parts.take(batch)
+                progress(int(parts.tally["rows_in"]), total, int(parts.tally["rejects"]))
+    parts.drop_strays()
+    return parts.tally
 
 
 class _Softener:
@@ -158,11 +141,10 @@ class _Softener:
         return load(folder, getattr(torch, self.work.dtype)).to(self.work.device).eval().requires_grad_(False)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        done = [self._part(int(lo), int(hi)) for lo, hi in zip(batch["lo"], batch["hi"], strict=True)]
-        return {"tally": [json.dumps(t) for t, _ in done], "rejects": [r for _, r in done]}
+        return as_batch([self._part(int(lo), int(hi)) for lo, hi in zip(batch["lo"], batch["hi"], strict=True)])
 
-    def _part(self, lo: int, hi: int) -> tuple[Counter[str], str]:
-        """Rows lo to hi, exclusive: rejects first, then the part that names their file; creating it is the commit. Returns what stands."""
+    def _part(self, lo: int, hi: int) -> Commit:
+        """Rows lo to hi, exclusive."""
         work, made, rejected, tally = self.work, list[SoftLabel](), list[Reject](), Counter[str]()
         for first in range(lo, hi, work.micro_batch):
             usable = []
@@ -175,18 +157,8 @@ class _Softener:
             if usable:
                 made += self._soften(usable, tally)
         tally.update(rows_in=(hi - lo) * len(TASKS), rejects=len(rejected))
-        name = ""
-        if rejected:
-            data = parquet_bytes(to_table(Reject, rejected))
-            name = f"{part_name(lo)}.{hashlib.sha256(data).hexdigest()[:12]}.parquet"
-            work.store.create(f"{work.target}/rejects/{name}", data)
         table = pa.table([pa.array([getattr(s, f.name) for s in made], f.type) for f in SoftLabel.schema], schema=SoftLabel.schema)
-        table = table.replace_schema_metadata({TALLY: json.dumps(tally), REJECTS: name})
-        key = f"{work.target}/{part_name(lo)}.parquet"
-        if work.store.create(key, parquet_bytes(table, ROWS_PER_GROUP)):
-            return tally, name
-        stands = read_commits(work.store, [key])[0]
-        return stands.tally, stands.rejects
+        return commit_part(work.store, work.target, part_name(lo), table, rejected, tally, ROWS_PER_GROUP)
 
     @torch.no_grad()
     def _soften(self, posts: list[tuple[int, str, dict[Task, Example]]], tally: Counter[str]) -> list[SoftLabel]:
