@@ -189,37 +189,32 @@ def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor, soft: Soft | None, h
     Works in place and lets go early: each buffer is as large as all that this module promises to keep small.
     """
     t, (hard_share, soft_share), picked = how.temperature, how.mix, targets[:, None]
-    logits = _logits(hidden, weight)
-    logs = torch.log_softmax(logits, -1)
-    ce = -logs.gather(1, picked).sum()
-    slope = None
+    logs = torch.log_softmax(_logits(hidden, weight), -1)
+    ce, slope = -logs.gather(1, picked).sum(), None
     if training:
-        slope = logs.exp_()
-        slope.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=slope.dtype))
-        slope.mul_(hard_share)
-    del logs
+        slope = logs.exp() if soft is not None else logs.exp_()
+        slope.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=slope.dtype)).mul_(hard_share)
     if soft is None:
         return torch.stack([ce, ce.new_zeros(()), ce.new_zeros(())]), slope
-    logits.div_(t)
-    log_q = torch.log_softmax(logits[:, : how.shared], -1)
-    dropped = _outside(logits, log_q, logits[:, how.shared :])
-    del logits
+    logs.div_(t)  # logits / T, but for a constant of each row
     if isinstance(soft, Teacher):
+        log_q = torch.log_softmax(logs[:, : how.shared], -1)
+        dropped = _outside(logs, log_q, logs[:, how.shared :])
+        del logs
         value, pull, missed = _teacher(soft, log_q, how)
-    elif isinstance(soft, Kept):
-        value, pull, missed = _kept(soft, log_q, how)
+        if slope is not None:
+            slope[:, : how.shared].add_(pull, alpha=soft_share * t)  # T² of the loss, 1/T of the softmax
     else:
-        value, pull, missed = _drawn(soft, log_q, how)
-    if slope is not None:
-        slope[:, : how.shared].add_(pull, alpha=soft_share * t)  # T² of the loss, 1/T of the softmax
+        few = _few(soft, logs, how)
+        value, dropped, missed = few.value, few.dropped, few.missed
+        if slope is not None:
+            slope[:, : how.shared].addcmul_(logs[:, : how.shared], few.rest * (soft_share * t)).scatter_add_(1, few.ids, few.pull * (soft_share * t))
     return torch.stack([ce, value.sum() * t**2, (dropped + missed).sum() / 2]), slope
 
 
-# Each of the next three: (divergence [c]; its gradient with respect to the student's logits / T [c, shared]; the assistant's probability
-# outside the shared ids [c]). They overwrite log_q [c, shared].
-
-
 def _teacher(soft: Teacher, log_q: Tensor, how: _How) -> tuple[Tensor, Tensor, Tensor]:
+    """(divergence [c]; its gradient with respect to the student's logits / T [c, shared]; the assistant's probability outside the shared ids [c]).
+    Overwrites log_q."""
     # Two products: a softmax over a part of a wider buffer would copy it first.
     logits = _logits(soft.hidden, soft.weight[: how.shared]).div_(how.temperature)
     beyond = _logits(soft.hidden, soft.weight[how.shared :]).div_(how.temperature)
@@ -229,32 +224,42 @@ def _teacher(soft: Teacher, log_q: Tensor, how: _How) -> tuple[Tensor, Tensor, T
     return *_divergence(log_p.to(log_q.dtype), log_q, how), missed
 
 
-def _kept(soft: Kept, log_q: Tensor, how: _How) -> tuple[Tensor, Tensor, Tensor]:
-    logs, ids = soft.logs.to(log_q.dtype), soft.ids.long()
+class _Few(NamedTuple):
+    """A divergence from few ids of each row, and its gradient: `rest` [c, 1] times what is in the buffer, and `pull` [c, k] more at `ids`."""
+
+    value: Tensor  # [c]
+    dropped: Tensor  # [c]: the student's probability outside the shared ids
+    missed: Tensor  # [c]: the assistant's
+    rest: Tensor
+    ids: Tensor
+    pull: Tensor
+
+
+def _few(soft: Kept | Drawn, logits: Tensor, how: _How) -> _Few:
+    """From the student's logits / T [c, v], none of them large. They are replaced by their exponentials; those of kept ids by 0."""
+    given, ids = (soft.logs if isinstance(soft, Kept) else soft.weights).to(logits.dtype), soft.ids.long()
     inside = (ids >= 0) & (ids < how.shared)
-    missed = logs.exp().masked_fill(inside, 0).sum(-1)
-    there = inside & (logs > ABSENT)
-    ids = ids.masked_fill(~there, 0)  # entries that are not there add 0 to the first id
-    kept = log_q.gather(1, ids)
-    log_q.scatter_add_(1, ids, torch.zeros_like(logs).masked_fill(there, -torch.inf))  # now of the rest alone
-    rest = log_q.logsumexp(-1, keepdim=True)
+    ids = ids.masked_fill(~inside, 0)  # entries that are not there add 0 to the first id
+    told, exact = logits.gather(1, ids), logits.exp_()
+    mass, beyond = exact[:, : how.shared].sum(-1, keepdim=True), exact[:, how.shared :].sum(-1)
+    mass = mass.clamp(min=torch.finfo(mass.dtype).tiny)
+    dropped = beyond / (beyond + mass[:, 0])
+    told = told - mass.log()  # log q
+    if isinstance(soft, Drawn):
+        missed, weights = given.masked_fill(inside, 0).sum(-1), given.masked_fill(~inside, 0)
+        return _Few(-(weights * told).sum(-1), dropped, missed, weights.sum(-1, keepdim=True) / mass, ids, -weights)
+    missed = given.exp().masked_fill(inside, 0).sum(-1)
+    there = inside & (given > ABSENT)
+    exact.scatter_add_(1, ids, -exact.gather(1, ids).masked_fill(~there, 0))  # now of the rest alone, without rounding: ids are distinct
+    others = exact[:, : how.shared].sum(-1, keepdim=True)
+    rest = others.log() - mass.log()
     floor = UNSEEN if how.divergence is Divergence.REVERSE_KL else ABSENT
-    tail = soft.tail.to(log_q.dtype)[:, None]
+    tail = soft.tail.to(logits.dtype)[:, None]
     tail = tail.masked_fill(tail == -torch.inf, floor).masked_fill(rest == -torch.inf, ABSENT)
-    rest = rest.clamp(min=ABSENT)
-    value, pull = _divergence(torch.cat([logs.masked_fill(~there, ABSENT), tail], -1), torch.cat([kept.masked_fill(~there, ABSENT), rest], -1), how)
+    log_p = torch.cat([given.masked_fill(~there, ABSENT), tail], -1)
+    value, pull = _divergence(log_p, torch.cat([told.masked_fill(~there, ABSENT), rest.clamp(min=ABSENT)], -1), how)
     # The lumped outcome's logit is the log-sum-exp of its ids': each has its share of the pull.
-    spread = log_q.sub_(rest).exp_().mul_(pull[:, -1:])
-    return value, spread.scatter_add_(1, ids, pull[:, :-1]), missed
-
-
-def _drawn(soft: Drawn, log_q: Tensor, how: _How) -> tuple[Tensor, Tensor, Tensor]:
-    weights, ids = soft.weights.to(log_q.dtype), soft.ids.long()
-    inside = (ids >= 0) & (ids < how.shared)
-    missed = weights.masked_fill(inside, 0).sum(-1)
-    weights, ids = weights.masked_fill(~inside, 0), ids.masked_fill(~inside, 0)
-    value = -(weights * log_q.gather(1, ids)).sum(-1)
-    return value, log_q.exp_().mul_(weights.sum(-1, keepdim=True)).scatter_add_(1, ids, -weights), missed
+    return _Few(value, dropped, missed, pull[:, -1:] / others.clamp(min=torch.finfo(mass.dtype).tiny), ids, pull[:, :-1])
 
 
 def _divergence(log_p: Tensor, log_q: Tensor, how: _How) -> tuple[Tensor, Tensor]:
