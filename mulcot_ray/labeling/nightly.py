@@ -15,11 +15,12 @@ from typing import Any
 from mulcot_ray.artifacts import Manifest, find, need
 from mulcot_ray.engines.pace import Pace
 from mulcot_ray.errors import Held, InputError
+from mulcot_ray.html import duration
 from mulcot_ray.labeling.gates import Gates, Verdict, breaches, judge
 from mulcot_ray.labeling.ledger import Ledger
 from mulcot_ray.labeling.night import Steps, listing, night, night_rows, revisions
 from mulcot_ray.labeling.publishing import current, earlier_nights, keep_verdicts, publish, repair, withdrawn
-from mulcot_ray.labeling.report import metrics, night_page
+from mulcot_ray.labeling.report import dollars, metrics, night_page
 from mulcot_ray.labeling.version import NightSettings, Version
 from mulcot_ray.posts.dumps import list_units, partitions
 from mulcot_ray.recipe import Runtime
@@ -65,11 +66,13 @@ def nightly(
 
 
 def pending(store: Store, path: str, *, version: Version, dates: Sequence[str] | None = None, since: str | None = None) -> Iterator[str]:
-    """What `nightly` would do, a line for each partition."""
+    """What `nightly` would do, a line for each partition; with how long it would take and what it would cost, if it went as the last one."""
+    last = next((m for m in reversed(earlier_nights(store, "9999", EARLIER)) if m.stats["version"] == version.name and m.stats.get("bytes")), None)
     for date, folder in sorted(partitions(path).items()):
         if (dates is None or date in dates) and (since is None or date >= since):
             units = list_units(folder)
-            size = f"{len({u.file for u in units})} files, {sum(u.weight for u in units):,} bytes"
+            weight = sum(u.weight for u in units)
+            size = f"{len({u.file for u in units})} files, {weight:,} bytes"
             known = revisions(store, date, version.name)
             done = find(store, "nights", known[-1]) if known else None
             if not known:
@@ -83,6 +86,16 @@ def pending(store: Store, path: str, *, version: Version, dates: Sequence[str] |
             else:
                 what = f"done ({known[-1]})"
             yield f"{date}  {size}: {what}"
+            if not what.startswith("done"):
+                yield f"            {_as_before(weight, last)}"
+
+
+def _as_before(weight: int, last: Manifest | None) -> str:
+    if last is None:
+        return "no night of this version is published yet, to tell what it takes by; `mulcot plan` prices an imported table"
+    share = weight / last.stats["bytes"]
+    seconds, rows, usd = (share * x for x in (sum(last.stats["seconds_by_step"].values()), last.rows_in, last.stats["usd"]))
+    return f"as {last.name} went: about {rows:,.0f} rows, {duration(seconds)}, {dollars(usd)}"
 
 
 def release(store: Store, name: str, gates: Gates, *, force: bool) -> Outcome:

@@ -73,7 +73,7 @@ def night_page(
         labelled=(Fate.SCORED, Fate.CARRIED, Fate.COPIED), labels=labels[::-1], histogram=_histogram(manifest, before), usual_confidence=_usual_confidence(before),
         answered=sorted(stats["answered_by"].items(), key=lambda x: (-x[1], x[0])), missing=(missing_images(manifest), readable(manifest), _usual(before, missing_images, readable)),
         reasons=[(r, n, REASONS.get(Reason(r), ""), [_example(e) for e in examples.get(r, ())]) for r, n in sorted(manifest.rejects_by_reason.items(), key=lambda x: (-x[1], x[0]))],
-        steps=list(stats["seconds_by_step"].items()), engine=_engine(stats["engine"]), pace=_pace(stats["pace"]), price=_usd,
+        steps=list(stats["seconds_by_step"].items()), engine=_engine(stats["engine"]), pace=_pace(stats["pace"]), price=dollars,
         commands=_commands(date, root), labels_at=f"{root}/{labels_of(manifest.name)}",
         identity=json.dumps(manifest.identity, indent=1, ensure_ascii=False), versions=manifest.versions | {"source": manifest.commit or "installed package"},
     )  # fmt: skip
@@ -193,13 +193,13 @@ def _pace(pace: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         if key == "deadline" and isinstance(value, int | float):
             value = datetime.datetime.fromtimestamp(value, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
         elif key == "budget" and isinstance(value, int | float):
-            value = _usd(value)
+            value = dollars(value)
         values = value if isinstance(value, list | tuple) else [value]
         shown.append(("What it led to" if key == "said" else words(key), [str(v) for v in values]))
     return shown
 
 
-def _usd(x: float) -> str:
+def dollars(x: float) -> str:
     """Dollars: cents, and of small sums three digits."""
     return f"{x:,.2f} USD" if x >= 1 or not x else f"{x:.3g} USD" if x >= 1e-4 else f"{x:.6f} USD"
 
