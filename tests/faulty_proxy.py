@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
+
+from in_a_thread import served
 
 FAULTS = ("429", "500", "stall", "cut")
 
@@ -67,27 +68,7 @@ class FaultyProxy:
 @contextmanager
 def faulty_proxy(target: str, share: float, *, seed: int = 0, faults: Sequence[str] = FAULTS, stall_s: float = 60.0) -> Iterator[FaultyProxy]:
     """A proxy in a thread of its own; `url` is what `target` was, at the proxy."""
-    proxy, loop, ready = FaultyProxy(target, share, seed, faults, stall_s), asyncio.new_event_loop(), threading.Event()
-
-    async def start() -> None:
-        server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0, limit=1 << 20)
-        proxy.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}{proxy.parts.path}"
-        ready.set()
-
-    def run() -> None:
-        loop.run_until_complete(start())
-        loop.run_forever()
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0.01))
-        loop.close()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        if not ready.wait(10):
-            raise RuntimeError("the proxy did not start")
+    proxy = FaultyProxy(target, share, seed, faults, stall_s)
+    with served(proxy.serve) as address:
+        proxy.url = address + proxy.parts.path
         yield proxy
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)

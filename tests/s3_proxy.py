@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import unquote, urlsplit
+
+from in_a_thread import served
 
 Do = Literal["pass", "answer", "cut", "lost", "half", "stall"]
 CODES = {
@@ -85,7 +86,6 @@ class S3Proxy:
         self.rules: list[Rule] = []
         self.log: list[Request] = []
         self.url = ""
-        self._server: asyncio.Server | None = None
 
     def count(self, method: str = ".*", key: str = ".*") -> int:
         """How many requests of the log match."""
@@ -183,27 +183,6 @@ async def _call(what: Callable[[Request], bool | None] | None, request: Request)
 @contextmanager
 def s3_proxy(target: str) -> Iterator[S3Proxy]:
     """A proxy in a thread of its own."""
-    proxy, loop, ready = S3Proxy(target), asyncio.new_event_loop(), threading.Event()
-
-    async def start() -> None:
-        proxy._server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0, limit=1 << 20)
-        proxy.url = f"http://127.0.0.1:{proxy._server.sockets[0].getsockname()[1]}"
-        ready.set()
-
-    def run() -> None:
-        loop.run_until_complete(start())
-        loop.run_forever()
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0.01))
-        loop.close()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        if not ready.wait(10):
-            raise RuntimeError("the proxy did not start")
+    proxy = S3Proxy(target)
+    with served(proxy.serve) as proxy.url:
         yield proxy
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)

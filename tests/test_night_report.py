@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from mulcot_ray.labeling.gates import Gates, Verdict, judge
 from mulcot_ray.labeling.report import metrics, night_page
 from mulcot_ray.records import LABELS, Reason, Reject
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 ATTACK = '</td><script>alert("x")</script><b>bold</b>|`*{{ 7 * 7 }}'
 LONG = "unbroken" * 60
 REASONS = {"bad_line": 60, "image_missing": 30, "duplicate_id": 9, "answer_unparsed": 1}
@@ -325,18 +323,6 @@ def test_what_is_not_known_has_no_sample() -> None:
 
 
 # --- in a browser ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browse() -> Iterator[Callable[..., Any]]:
-    """browse(width, scheme) → an empty page of Chromium."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not CHROMIUM:
-        pytest.skip("no Chromium on the path (Debian: apt install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield lambda width, scheme: chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        chromium.close()
 
 
 def test_the_page_fits_phone_and_desktop_in_both_themes_and_asks_for_nothing(browse: Callable[..., Any], page: Page, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import base64
 import io
 import json
 import re
-import shutil
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -40,7 +39,6 @@ from mulcot_ray.serving.tokens import token_digest
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PATIENCE = 15_000  # milliseconds
 
 TOKEN = "a-token-for-the-tests"
@@ -153,14 +151,9 @@ def url(fake: FakeApi) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if not CHROMIUM:
-        pytest.skip("no Chromium on the path (Debian: apt install chromium)")
+def browser(chromium: Any) -> Any:
     expect.set_options(timeout=PATIENCE)
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield chromium
-        chromium.close()
+    return chromium
 
 
 @pytest.fixture

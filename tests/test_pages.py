@@ -6,7 +6,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ CHEAP = ("bleu", "rouge_l")
 ATTACK = '</td><script>alert("x")</script><b>bold</b>|`*'
 POSTS = [p for split in (Split.TEST, Split.VALIDATION, Split.TRAIN) for p in sample_posts(120 if split is Split.TEST else 60, split, 5)]
 TEST = [p for p in POSTS if p.split is Split.TEST]
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -585,18 +584,6 @@ def test_rows_of_a_bucket(s3_bucket: str) -> None:
 
 
 # --- in a browser ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browse() -> Iterator[Callable[..., Any]]:
-    """browse(width, scheme) → an empty page of Chromium that notes what it asks for."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not CHROMIUM:
-        pytest.skip("no Chromium on the path (Debian: apt install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield lambda width, scheme: chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        chromium.close()
 
 
 def test_pages_fit_phone_and_desktop_in_both_themes_and_ask_for_nothing(
