@@ -107,6 +107,8 @@ class Distill(Frozen):
     soft_labels: Literal["online", "cached"] = "online"  # cached: written once by `mulcot soften`, then trained from without the assistant
     keep: Literal["top_k", "sampled"] = "top_k"  # cached: the most probable tokens and their lumped rest, or unbiased draws (arXiv 2503.16870)
     top_k: int = Field(64, gt=0)  # cached: so many tokens of each distribution
+    # cached: the student's picture features too, so that its vision tower does not run in training; needs LoRA without the projector
+    features: bool = False
 
 
 class Recipe(Frozen):

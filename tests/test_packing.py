@@ -20,7 +20,7 @@ from mulcot_ray.records import Split, Task
 from mulcot_ray.training.examples import IGNORE, Example, Picture, collate, encode_picture, supervised
 from mulcot_ray.training.losses import answer_positions
 from mulcot_ray.training.model import build, core, load, load_processor
-from mulcot_ray.training.packing import Packer, answer_rows, answer_start, answer_tokens, last_hidden, micro_batches
+from mulcot_ray.training.packing import Packer, answer_rows, answer_start, answer_tokens, features, last_hidden, micro_batches
 
 FOLDER = str(HERE / "models" / "student")
 TASKS = (Task.REASONING, Task.CLASSIFICATION)
@@ -135,6 +135,27 @@ def test_checkpointing_and_lora_change_nothing(processor, packer):
     core(model).gradient_checkpointing_enable()
     loss(model, answer_rows(last_hidden(model, batch := packer(posts, TASKS)), batch)).backward()
     assert float((gradients(model) - reference).norm() / reference.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("order", CONTRACTS)
+def test_features_of_pictures_stand_in_for_the_vision_tower(order, processor, packer, monkeypatch):
+    """The same losses and gradients, of adapters alone, without a picture in the batch. Two sizes of picture, and a post without one."""
+    settings = Train(method="lora", lora=Lora(r=4, alpha=8), lr=1e-3, global_batch=1, epochs=1, schedule="cosine")
+    model = build(FOLDER, settings, CONTRACTS[order]).train()
+    posts = [example(processor, CONTRACTS[order], i, picture=i != 1) for i in range(4)]
+    made = features(model, batch := packer(posts, TASKS))
+    loss(model, answer_rows(last_hidden(model, batch), batch)).backward()
+    reference = gradients(model)
+    seen = [Picture(None, p[TASKS[0]].picture.grid, x.clone()) for p, x in zip([posts[0], *posts[2:]], made, strict=True)]
+    kept = [{t: replace(e, picture=picture) for t, e in p.items()} for p, picture in zip(posts, [seen[0], None, *seen[1:]], strict=True)]
+    monkeypatch.setattr(type(core(model).model.visual), "forward", None)
+    batch = packer(kept, TASKS)
+    assert "pixel_values" not in batch and batch["features"].shape == (4 + 4 + 9, 96)
+    loss(model, answer_rows(last_hidden(model, batch), batch)).backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {n for n, _ in model.named_parameters() if "lora_" in n}
+    assert torch.equal(gradients(model), reference)
+    with pytest.raises(AssertionError, match="all known by patches, or all by features"):
+        packer([posts[0], kept[2]], TASKS)
 
 
 def test_the_plain_forward_is_as_before_after_a_packed_one(processor, packer, model):

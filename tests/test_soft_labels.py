@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from mulcot_ray.artifacts import Manifest, Run, begin, need, read_rows
+from mulcot_ray.artifacts import Manifest, Run, begin, need, read_rows, resolve_model
 from mulcot_ray.errors import ConfigError, RecipeChanged, TrainingError
 from mulcot_ray.parts import read_commits
 from mulcot_ray.posts.sample import reference_rationale, sample_posts
-from mulcot_ray.recipe import HERE, load_recipe, load_runtime
+from mulcot_ray.recipe import HERE, Lora, load_recipe, load_runtime
 from mulcot_ray.records import Post, Rationale, Split, Task, to_table
 from mulcot_ray.storage import Store
 from mulcot_ray.training import soften as stage
 from mulcot_ray.training.data import index
 from mulcot_ray.training.examples import Encoder, Example
 from mulcot_ray.training.losses import Drawn, Kept, Teacher, answer_losses
-from mulcot_ray.training.model import load, load_processor
+from mulcot_ray.training.model import check_features, load, load_processor
 from mulcot_ray.training.packing import Packer, answer_rows, answer_tokens, last_hidden
-from mulcot_ray.training.soft_labels import ROWS_PER_GROUP, SoftLabel, SoftLabels, draw, keep, part_name, tokens_digest
+from mulcot_ray.training.soft_labels import FEATURES_PER_GROUP, ROWS_PER_GROUP, SoftLabel, SoftLabels, draw, keep, part_name, tokens_digest
 from mulcot_ray.training.soften import TASKS, soften
 
 RECIPE = load_recipe("tiny")
@@ -212,6 +212,84 @@ def test_a_digest_tells_tokens_and_where_the_answer_begins():
     labels = [np.array([-100, -100, 7]), np.array([-100, 6, 7]), np.array([-100, -100, 8])]
     ids = np.array([5, 6, 7])
     assert len({tokens_digest(Example(i, y, None)) for i, y in ((ids, labels[0]), (ids, labels[1]), (np.array([5, 6, 8]), labels[2]))}) == 3
+
+
+# --- picture features --------------------------------------------------------------------------------------------------
+
+
+def test_features_of_pictures_stand_beside_the_soft_labels(store, encoder, models, monkeypatch):
+    """In the row of the first task alone, bit by bit what the student's vision tower makes of the picture. (Without Ray.)"""
+    monkeypatch.setattr(stage, "_run_all", in_process)
+    kept, student = {"soft_labels": "cached", "features": True}, resolve_model(store, "builtin:student")[1]
+    made, _ = make(store, "seen", **kept)
+    plain, _ = make(store, "unseen", soft_labels="cached")
+    assert made.identity == plain.identity | {"distill": plain.identity["distill"] | {"features": True}, "student": student}
+    rows, without = list(read_rows(store, made)), list(read_rows(store, plain))
+    assert [{**r, "features": None} for r in rows] == without, "soft labels are the same"
+    tokens = 9  # 84² / 784
+    assert [r["row"] for r in rows if r["features"]] == [i for i in range(ROWS - 1) if i != 3]
+    assert {(r["task"], len(r["features"])) for r in rows if r["features"]} == {(TASKS[0].value, tokens * 96 * 4)}
+    # As stored: so small a picture is also twice in its page's statistics, which leave out what has more than 4 kB.
+    assert 0.8 * tokens * 96 * 4 < made.stats["feature_bytes_per_post"] < 2.3 * tokens * 96 * 4
+    assert 1 < made.stats["bytes_per_token"] / plain.stats["bytes_per_token"] < 2.5, "of the soft labels, in smaller groups, whose footers count here"
+    with store.parquet(f"softlabels/seen/{made.parts()[0]}") as f:
+        assert f.metadata.row_group(0).num_rows == FEATURES_PER_GROUP
+    reader = pickle.loads(pickle.dumps(SoftLabels(store, made, settings(**kept), student)))
+    for row, post in examples(store, encoder, [0, 17]):
+        picture = post[TASKS[0]].picture
+        own = (
+            models[STUDENT].model.get_image_features(torch.from_numpy(picture.values), torch.from_numpy(picture.grid), return_dict=True).pooler_output
+        )
+        assert torch.allclose(reader.features(row).view(tokens, 96), own[0], rtol=1e-6, atol=1e-6)
+        assert torch.equal(reader.fetch(row, TASKS[1]).soft().ids, SoftLabels(store, plain, settings()).fetch(row, TASKS[1]).soft().ids)
+    assert reader.features(ROWS - 1) is None, "it was rejected"
+    with pytest.raises(TrainingError, match="no picture features of row 3 .* has a picture now"):
+        reader.features(3)
+    with pytest.raises(TrainingError, match=f"features of the student {student}, and 0123 is to be trained"):
+        SoftLabels(store, made, settings(**kept), "0123")
+    with pytest.raises(TrainingError, match=r"unseen' were made with .*, and the recipe has .*'features': True"):
+        SoftLabels(store, plain, settings(**kept), student)
+    with pytest.raises(RecipeChanged, match="distill.features: null → true"):
+        make(store, "unseen", **kept)
+
+
+def test_features_in_half_precision_are_its_bits(store, tmp_path, encoder):
+    table = index(store, need(store, "posts", "p"), Split.TRAIN, [need(store, "rationales", "p")])
+    kept = settings(soft_labels="cached", features=True)
+    work = stage._Work(
+        Store(str(tmp_path)), "softlabels/x", table, ASSISTANT, STUDENT, 1259, RECIPE.contract, RECIPE.max_model_len, kept, "bfloat16", 1, "cpu", 2,
+        64, 1,
+    )  # fmt: skip
+    worker = stage._Softener(work)
+    worker({"lo": np.array([0]), "hi": np.array([2])})
+    with work.store.parquet(f"softlabels/x/{part_name(0)}.parquet") as f:
+        rows = f.read().to_pylist()
+    batch = Packer(STUDENT)([p for _, p in examples(store, encoder, [0, 1])], TASKS)
+    with torch.no_grad():
+        own = worker.student.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True).pooler_output
+    assert own[0].dtype == torch.bfloat16 and [r["features"] is None for r in rows] == [False, True] * 2
+    for r, x in zip(rows[::2], own, strict=True):
+        assert torch.equal(torch.frombuffer(bytearray(r["features"]), dtype=torch.bfloat16).view(9, 96), x)
+
+
+@pytest.mark.parametrize(
+    ("says", "distill", "changes"),
+    [
+        ("soft_labels: online: features stand in the table", {"soft_labels": "online"}, {}),
+        ("method: full: the vision tower trains", {}, {"method": "full", "lora": None}),
+        ("lora.projector: the merger trains", {}, {"lora": Lora(r=4, alpha=8, projector=True)}),
+        (r"lora.targets '.*proj': it matches model.visual.patch_embed.proj of the vision tower", {}, {"lora": Lora(r=4, alpha=8, targets=".*proj")}),
+        (r"it matches model.visual.merger.mlp.0 of", {}, {"lora": Lora(r=4, alpha=8, targets=r".*merger\.mlp\.0")}),
+    ],
+)
+def test_features_that_would_change_are_refused(store, says, distill, changes):
+    recipe = RECIPE.model_copy(
+        update={"distill": settings(**{"soft_labels": "cached", "features": True, **distill}), "student": RECIPE.student.model_copy(update=changes)}
+    )
+    with pytest.raises(ConfigError, match=says):
+        soften(store, "odd", posts="p", rationales=["p"], assistant="builtin:assistant", recipe=recipe, runtime=RUNTIME, progress=print)
+    check_features(settings(**distill), recipe.student, STUDENT)  # without features anything goes
+    assert not store.files("softlabels/odd")
 
 
 # --- what is kept ------------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from mulcot_ray.records import LABELS, Post, Reason, Sentiment, Split, Task
 from mulcot_ray.training import data
 from mulcot_ray.training.data import Index, Order, batch, index, permutation, steps
 
+MERGER = Lora(r=4, alpha=8, projector=True)
+
 
 @pytest.fixture(scope="module")
 def store(sample_store):
@@ -152,6 +154,28 @@ def test_every_worker_has_as_many_micro_batches_whatever_its_rows_are(store, col
     assert [m.patches for m in usual.micro] == [72, 72]
 
 
+def test_with_features_no_picture_is_decoded_and_no_vision_tower_runs(store, encoder, collate):
+    """Rows have the tokens that they have with pictures; one that was rejected when features were made is skipped."""
+    import torch
+
+    from mulcot_ray.training.collate import Collate
+    from mulcot_ray.training.feed import pack, read_row
+
+    both = index(store, need(store, "posts", "sample"), Split.TRAIN, [need(store, "rationales", "rule")])
+    known = {i: torch.full((9 * 96,), float(i)) for i in range(4)}
+    featured, three, none = (Collate(encoder, collate.packer, BOTH, 2, True, None, k.get) for k in (known, {**known, 3: None}, {}))
+    made, seen = (pack([read_row(Order(both, 1, 8, 42, side), i) for i in range(4)], 0) for side in (None, 84))
+    assert made["pixels"].null_count == 4 and made.nbytes < seen.nbytes / 10
+    ours, usual, some, blank = featured(made), collate(seen), three(made), none(made)
+    for a, b in zip(ours.micro, usual.micro, strict=True):
+        assert a.patches == 0 and b.patches == 72 and set(a.batch) ^ set(b.batch) == {"pixel_values", "features"}
+        assert all(torch.equal(x, b.batch[k]) for k, x in a.batch.items() if k != "features")
+    assert sorted(float(x) for m in ours.micro for x in m.batch["features"][::9, 0]) == [0.0, 1.0, 2.0, 3.0]
+    assert [(s.posts, s.skipped, len(s.micro)) for s in (ours, some, blank)] == [(4, 0, 2), (3, 1, 2), (0, 4, 2)]
+    assert {float(x) for m in some.micro for x in m.batch["features"][:, 0]} == {0.0, 1.0, 2.0}
+    assert all(m.answers == (0, 0) and "image_grid_thw" not in m.batch for m in blank.micro), "a blank text, so that every worker has a forward pass"
+
+
 def test_prompts_to_answer_are_padded_on_the_left(posts, encoder):
     from mulcot_ray.training.validation import prompts
 
@@ -260,6 +284,8 @@ def test_the_table_and_the_tensorboard_file_hold_every_step():
         ("global_batch 15.*train_workers 2 of the runtime$", {"workers": 2, "train": settings(global_batch=15)}),
         ("global_batch 16.*train_workers 3 of the runtime, which may have 2 to 4", {"workers": (2, 4), "train": settings(global_batch=16)}),
         ("divergence jsd with keep: sampled", {"distill": {"soft_labels": "cached", "keep": "sampled", "divergence": "jsd"}}),
+        ("features with soft_labels: online", {"distill": {"features": True}}),
+        ("features with lora.projector", {"distill": {"soft_labels": "cached", "features": True}, "train": settings(lora=MERGER)}),
         ("96 rows × 1 epochs do not fill one batch of 200", {"train": settings(global_batch=200)}),
     ],
 )
@@ -353,6 +379,10 @@ def test_cached_soft_labels_train_like_the_assistant(store, runtime, online):
         and "soft labels from: softlabels/soft-" in store.read("models/cached/README.md").decode()
     )
     assert len(store.names("softlabels")) == 1
+    kept = {"soft_labels": "cached", "top_k": 1259, "features": True}
+    featured, _, manifest = run(store, "featured", runtime, workers=2, micro=5, distill=kept)
+    assert_same(cached, featured, tolerance=1e-6)
+    assert manifest.identity["distill"]["features"] is True and len(store.names("softlabels")) == 2
 
 
 @pytest.mark.ray

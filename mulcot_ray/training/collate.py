@@ -14,18 +14,19 @@ from torch import Tensor
 
 from mulcot_ray.errors import RowFault
 from mulcot_ray.records import Task
-from mulcot_ray.training.examples import Encoder, Example, encode_picture
+from mulcot_ray.training.examples import Encoder, Example, Picture, encode_picture
 from mulcot_ray.training.feed import Row, unpack
 from mulcot_ray.training.losses import Drawn, Kept
 from mulcot_ray.training.packing import Packer, answer_tokens, micro_batches
 
 Examples = Mapping[Task, Example]
 Soft = Callable[[list[tuple[int, Examples]], Task], Kept | Drawn]  # numbers and examples of rows -> soft labels of their answers, in order
+Features = Callable[[int], Tensor | None]  # number of a row -> those of its picture, flat; None: the row cannot be used
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """`batch` as Packer makes it; soft labels for each task, or None; answer tokens for each task; picture patches."""
+    """`batch` as Packer makes it; soft labels for each task, or None; answer tokens for each task; patches for the vision tower."""
 
     batch: dict[str, Tensor]
     soft: list[Kept | Drawn] | None
@@ -52,12 +53,19 @@ class Slice:
 
 
 class Collate(ArrowBatchCollateFn):
-    """Tokens, patches, labels, soft labels and positions of a worker's rows of one step, cut into micro-batches."""
+    """Tokens, patches, labels, soft labels and positions of a worker's rows of one step, cut into micro-batches.
 
-    def __init__(self, encoder: Encoder, packer: Packer, tasks: Sequence[Task], micro_batch: int, packed: bool, soft: Soft | None) -> None:
+    With `features`, pictures' features in place of their patches: rows come without pictures, and the vision tower is not to run.
+    """
+
+    def __init__(
+        self, encoder: Encoder, packer: Packer, tasks: Sequence[Task], micro_batch: int, packed: bool, soft: Soft | None,
+        features: Features | None = None,
+    ) -> None:  # fmt: skip
         self.encoder, self.packer, self.tasks = encoder, packer, tuple(tasks)
-        self.micro_batch, self.packed, self.soft = micro_batch, packed, soft
-        self.blank = {self.tasks[0]: encoder.blank()}
+        self.micro_batch, self.packed, self.soft, self.features = micro_batch, packed, soft, features
+        self.blank = {self.tasks[0]: encoder.blank(picture=features is None)}
+        self.white = encoder.white()
         self.lock = threading.Lock()  # a tokenizer is not to be used by two threads at once
 
     def __call__(self, batch: pa.Table) -> Slice:
@@ -76,6 +84,10 @@ class Collate(ArrowBatchCollateFn):
         if row.fault is not None:
             return {}
         picture = None if row.picture is None else encode_picture(self.encoder.processor, row.picture)
+        if self.features is not None and row.post.has_image:
+            if (found := self.features(row.number)) is None:
+                return {}
+            picture = Picture(None, self.white.grid, found.view(self.white.tokens(self.encoder.processor.image_processor.merge_size), -1))
         try:
             return self.encoder.tasks(self.tasks, row.post, row.rationale, picture)
         except RowFault:
@@ -91,11 +103,16 @@ class Collate(ArrowBatchCollateFn):
 def make(
     packer: Packer, examples: list[Examples], tasks: Sequence[Task], packed: bool, blank: Examples, soft: Any, answers: tuple[int, ...]
 ) -> MicroBatch:
-    """A micro-batch, with a blank post where no post has a picture.
+    """A micro-batch, with a blank post where no post has a picture, or where there is no post at all.
 
-    Every worker must run the vision tower when one does, forward and backward, or the others wait for its shards for ever.
+    Every worker must run the vision tower when one does, forward and backward, or the others wait for its shards for ever. A blank post without
+    a picture says that none does.
     """
-    if not any(e.picture is not None for post in examples for e in post.values()):
+    if not examples or (_pictured([blank]) and not _pictured(examples)):
         examples = [*examples, blank]
     batch = packer(examples, tasks, packed)
-    return MicroBatch(batch, soft, answers, len(batch["pixel_values"]))
+    return MicroBatch(batch, soft, answers, len(batch.get("pixel_values", ())))
+
+
+def _pictured(posts: Sequence[Examples]) -> bool:
+    return any(e.picture is not None for post in posts for e in post.values())

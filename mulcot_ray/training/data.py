@@ -118,13 +118,13 @@ def steps(rows: int, epochs: int, global_batch: int) -> int:
 
 @dataclass(frozen=True)
 class Order:
-    """What decides the batches. `side`: pixels of a prepared picture."""
+    """What decides the batches. `side`: pixels of a prepared picture; None: pictures are not decoded, their features are kept."""
 
     index: Index
     epochs: int
     global_batch: int
     seed: int
-    side: int
+    side: int | None
 
     @property
     def total(self) -> int:

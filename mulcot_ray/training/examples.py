@@ -25,10 +25,14 @@ IMAGE_TOKEN = "<|image_pad|>"
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture as patches: values float32 [patches, 3·2·14·14], grid int64 [1, 3] (time, rows, columns of patches)."""
+    """One picture as patches: values float32 [patches, 3·2·14·14], grid int64 [1, 3] (time, rows, columns of patches).
 
-    values: np.ndarray
+    With `features` [tokens, hidden], what a vision tower made of it, there are no values.
+    """
+
+    values: np.ndarray | None
     grid: np.ndarray
+    features: torch.Tensor | None = None
 
     def tokens(self, merge: int) -> int:
         return int(self.grid.prod()) // merge**2
@@ -82,9 +86,16 @@ def collate(examples: list[Example], pad_id: int, image_token_id: int) -> dict[s
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "mm_token_type_ids": (ids == image_token_id).long()}
     pictures = [e.picture for e in examples if e.picture is not None]
     if pictures:
-        batch["pixel_values"] = torch.from_numpy(np.concatenate([p.values for p in pictures]))
+        batch["pixel_values"] = pixels(pictures)
         batch["image_grid_thw"] = torch.from_numpy(np.concatenate([p.grid for p in pictures]))
     return batch
+
+
+def pixels(pictures: Sequence[Picture]) -> torch.Tensor:
+    """The patches of several pictures, one after the other."""
+    values = [p.values for p in pictures if p.values is not None]
+    assert len(values) == len(pictures), "pictures as patches"
+    return torch.from_numpy(np.concatenate(values))
 
 
 def supervised(
@@ -122,13 +133,16 @@ class Encoder:
             bare = Post(post.post_id, post.source_id, "-", post.aspect, label=post.label)
             return self.tasks((Task.CLASSIFICATION,), bare, None, None)[Task.CLASSIFICATION]
 
-    def blank(self) -> Example:
-        """A white picture and nothing to learn: takes part in every collective, and in no loss."""
-        side = self.contract.image.side
-        post = Post("-", "-", "-", image_bytes=b"-", label=Sentiment.NEUTRAL)
-        picture = encode_picture(self.processor, Image.new("RGB", (side, side), "white"))
-        e = self.tasks((Task.CLASSIFICATION,), post, None, picture)[Task.CLASSIFICATION]
+    def blank(self, picture: bool = True) -> Example:
+        """A white picture (or none) and nothing to learn: takes part in every collective, and in no loss."""
+        post = Post("-", "-", "-", image_bytes=b"-" if picture else None, label=Sentiment.NEUTRAL)
+        e = self.tasks((Task.CLASSIFICATION,), post, None, self.white() if picture else None)[Task.CLASSIFICATION]
         return Example(e.ids, np.full_like(e.labels, IGNORE), e.picture)
+
+    def white(self) -> Picture:
+        """A white picture. Every picture has its grid, as all have the contract's side."""
+        side = self.contract.image.side
+        return encode_picture(self.processor, Image.new("RGB", (side, side), "white"))
 
 
 def gold_label(post: Post) -> Sentiment:

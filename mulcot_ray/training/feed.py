@@ -37,7 +37,7 @@ AHEAD_BYTES = 256 << 20  # rows that wait in the object store for one worker
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One training row: which it is, what it holds, and its picture of the contract's size; or why it cannot be used."""
+    """One training row: which it is, what it holds, and its picture of the contract's size (where it is wanted); or why it cannot be used."""
 
     number: int
     post: Post
@@ -100,7 +100,7 @@ def rows_of_steps(block: dict[str, np.ndarray], *, order: Order, rank: int, worl
 def read_row(order: Order, number: int) -> Row:
     post, rationale = order.index.fetch(number)
     try:
-        return Row(number, post, rationale, post_image(post, order.side))
+        return Row(number, post, rationale, None if order.side is None else post_image(post, order.side))
     except RowFault as fault:
         return Row(number, post, rationale, None, fault)
 

@@ -43,6 +43,7 @@ class Job:
 
     work: str  # a name for this run's temporary files
     base: str
+    base_print: str  # its fingerprint
     assistant: str | None
     soft: Manifest | None
     settings: Train
@@ -114,7 +115,7 @@ class Trainer:
         encoder = Encoder(processor, job.contract, job.max_model_len)
         self.model = build(job.base, s, job.contract, frozen)
         self.cost = cost(self.model, frozen=False)
-        assistant, shared, soft = None, None, None
+        assistant, shared, soft, features = None, None, None, None
         if job.assistant is not None:
             check_alike(job.base, job.assistant)
             shared = check_vocabularies(processor.tokenizer, load_processor(job.assistant).tokenizer)
@@ -123,9 +124,9 @@ class Trainer:
         elif job.soft is not None:
             from mulcot_ray.training.soft_labels import SoftLabels
 
-            soft = SoftLabels(job.store, job.soft, job.distill)
-            shared = soft.shared
-        self.collate = Collate(encoder, packer, job.tasks, job.micro_batch, job.packed, soft)
+            soft = SoftLabels(job.store, job.soft, job.distill, job.base_print)
+            shared, features = soft.shared, soft.features if job.distill.features else None
+        self.collate = Collate(encoder, packer, job.tasks, job.micro_batch, job.packed, soft, features)
         self.validation: Validation | None = None
         if job.validation is not None:
             self.validation = Validation(job.validation, encoder, packer, rank, world, job.micro_batch, self.device)

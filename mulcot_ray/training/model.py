@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mulcot_ray.errors import TrainingError
+from mulcot_ray.errors import ConfigError, TrainingError
 from mulcot_ray.prompts import Contract, label_token_ids
-from mulcot_ray.recipe import Lora, Train
+from mulcot_ray.recipe import Distill, Lora, Train
 
 
 def load(folder: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -18,6 +18,14 @@ def load(folder: str, dtype: torch.dtype = torch.float32) -> Any:
     from transformers import AutoModelForImageTextToText
 
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+
+
+def skeleton(folder: str) -> Any:
+    """The model of a folder without weights, on torch's `meta` device."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
 
 
 def load_processor(folder: str) -> Any:
@@ -129,6 +137,28 @@ def check_vocabularies(student: Any, assistant: Any) -> int:
             f"the vocabularies differ in {len(different)} ids (first: {i} is {mine!r} for the student and {theirs!r} for the assistant)"
         )
     return 1 + min(max(a.values()), max(b.values()))
+
+
+def check_features(distill: Distill, settings: Train, folder: str) -> None:
+    """Raise ConfigError where picture features are to be kept, and a student trained so would not make the same ones in every epoch.
+
+    Its vision tower has to be frozen whole, the merger with it, and soft labels have to be read from a table, in which the features stand.
+    """
+    if not distill.features:
+        return
+    if distill.soft_labels != "cached":
+        raise ConfigError(
+            f"distill.features with soft_labels: {distill.soft_labels}: features stand in the table of soft labels; use soft_labels: cached"
+        )
+    if settings.lora is None:
+        raise ConfigError(f"distill.features with method: {settings.method}: the vision tower trains, so its features change; use method: lora")
+    if settings.lora.projector:
+        raise ConfigError("distill.features with lora.projector: the merger trains, so the features change; use one of them")
+    targets, inner = settings.lora.targets, skeleton(folder).model
+    tower = {id(m) for m in inner.visual.modules()}
+    hit = [n for n, m in inner.named_modules(prefix="model") if id(m) in tower and re.fullmatch(targets, n)]
+    if hit:
+        raise ConfigError(f"distill.features with lora.targets {targets!r}: it matches {hit[0]} of the vision tower, so the features change")
 
 
 def check_alike(student: str, assistant: str) -> None:

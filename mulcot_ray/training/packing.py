@@ -21,7 +21,9 @@ width 256 and a vision tower of 4 blocks, with LoRA, at 720 ms.
 
 A mask costs more than a shared prefix saves: over prefix and branches of a and b tokens it has (a + b)² entries where half of a² + b² would do,
 and it rules out the causal kernels. A picture that stands after the task's instruction is in no shared prefix; sharing then gains nothing and
-costs nothing. Keeping pictures' features from epoch to epoch would save another 9 to 13 % with LoRA, at five times the bytes of soft labels.
+costs nothing. Where the vision tower is frozen whole, a batch may hold pictures' features in place of their patches (`distill.features`; the
+table of soft labels keeps them), and the tower does not run. With LoRA and a vocabulary of 8,192 a step from cached soft labels then takes 61 in
+place of 74 ms a post (`benchmarks/student_step.py`), 18 % less; of a step of Qwen2.5-VL-3B the tower is 6 to 8 % by count of operations.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ import torch
 from torch import Tensor
 
 from mulcot_ray.records import Task
-from mulcot_ray.training.examples import IGNORE, Example, Picture
-from mulcot_ray.training.model import core
+from mulcot_ray.training.examples import IGNORE, Example, Picture, pixels
+from mulcot_ray.training.model import core, skeleton
 
 FORKED = "mulcot_forked"  # the name of `forked` among transformers' attention functions
 Posts = Sequence[Mapping[Task, Example]]
@@ -63,6 +65,7 @@ class Packer:
         position_ids        int64 [3, 1, t]: time, row, column
         cuts                int64 [posts, tasks + 2]: where a post's prefix begins, its first branch begins, and each branch ends
         pixel_values, image_grid_thw   of each post's picture, once; absent where no post has one
+        features            [picture tokens, hidden] of the same pictures, in place of pixel_values where that is what is known of them
         picture             int64 [m]: which of these pictures stands at each place of a picture in the row
 
         With `packed` False no prefix is shared: each task has all of its tokens in its branch. The picture is encoded once all the same.
@@ -101,7 +104,9 @@ class Packer:
             "picture": torch.tensor(picture, dtype=torch.long),
         }
         if pictures:
-            batch["pixel_values"] = torch.from_numpy(np.concatenate([p.values for p in pictures]))
+            kept = [p.features for p in pictures if p.features is not None]
+            assert len(kept) in (0, len(pictures)), "a batch's pictures are all known by patches, or all by features"
+            batch |= {"features": torch.cat(kept)} if kept else {"pixel_values": pixels(pictures)}
             batch["image_grid_thw"] = torch.from_numpy(np.concatenate([p.grid for p in pictures]))
         return batch
 
@@ -143,14 +148,23 @@ def last_hidden(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     _register()
     if inner.language_model.config._attn_implementation != FORKED:
         inner.language_model.config._attn_implementation = FORKED
-    features = None
-    if "pixel_values" in batch:
-        each = inner.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True).pooler_output
-        features = {"image": BaseModelOutputWithPooling(pooler_output=[each[i] for i in batch["picture"].tolist()])}
+    seen = None
+    if "image_grid_thw" in batch:
+        each = features(model, batch)
+        seen = {"image": BaseModelOutputWithPooling(pooler_output=[each[i] for i in batch["picture"].tolist()])}
     hidden: Tensor = inner(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], mm_encoder_outputs=features, use_cache=False, cuts=batch["cuts"].cpu()
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], mm_encoder_outputs=seen, use_cache=False, cuts=batch["cuts"].cpu()
     ).last_hidden_state
     return hidden
+
+
+def features(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    """Of each picture of a batch [tokens, hidden]: those that it brings, or what the model's vision tower makes of it."""
+    inner: Any = core(model).model
+    if "features" not in batch:
+        made: Sequence[Tensor] = inner.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True).pooler_output
+        return made
+    return batch["features"].split((batch["image_grid_thw"].prod(-1) // inner.visual.spatial_merge_size**2).tolist())
 
 
 def answer_rows(hidden: Tensor, batch: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -228,9 +242,5 @@ def _register() -> None:
 @lru_cache(maxsize=4)
 def _family(folder: str) -> tuple[int, Callable[..., tuple[Tensor, Tensor]]]:
     """The id of the picture's token, and `get_rope_index`."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    return int(config.image_token_id), model.model.get_rope_index
+    model = skeleton(folder)
+    return int(model.config.image_token_id), model.model.get_rope_index

@@ -12,7 +12,8 @@ Of the shipped assistant at T = 2, on 96 sample posts (the KL to the untrained s
     bytes a token     42    68     201     675   |        20    47      84
     KL             0.322  0.344  0.380   0.407   |     0.449  0.450  0.444
 
-A row of the table is one task of one training row; `soften` writes it.
+A row of the table is one task of one training row; `soften` writes it. With `distill.features` the row of the first task also holds what the
+student's vision tower makes of the post's picture: [tokens of the picture, hidden] in the dtype of the recipe, bit by bit.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from mulcot_ray.training.losses import Drawn, Kept
 from mulcot_ray.training.packing import answer_start, answer_tokens
 
 ROWS_PER_GROUP = 16  # read to get one of them: 0.8 MB where k is 64 and a rationale has 250 tokens
+FEATURES_PER_GROUP = 4  # the same with features, two of them: 1 MB where a picture has 100 tokens of 2,048 numbers in bfloat16
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class SoftLabel:
 
     top_k: `ids` int32 and `logs` float16 [tokens, k], `tail` float32 [tokens]. sampled: `width` uint16 [tokens] says how many different
     ids were drawn; they are `ids` int32, and `counts` uint16 [sum of width] how often each was. `tokens_digest` is that of the example.
+    `features` (the first task's row alone, where the post has a picture and the recipe wants them): see the module.
     """
 
     post_id: str
@@ -58,10 +61,12 @@ class SoftLabel:
     tail: bytes | None = None
     counts: bytes | None = None
     width: bytes | None = None
+    features: bytes | None = None
 
     schema: ClassVar[pa.Schema] = pa.schema(
         [("post_id", pa.string()), ("row", pa.int32()), ("task", pa.string()), ("tokens", pa.int32()), ("tokens_digest", pa.string()),
-         ("ids", pa.binary()), ("logs", pa.binary()), ("tail", pa.binary()), ("counts", pa.binary()), ("width", pa.binary())]
+         ("ids", pa.binary()), ("logs", pa.binary()), ("tail", pa.binary()), ("counts", pa.binary()), ("width", pa.binary()),
+         ("features", pa.binary())]
     )  # fmt: skip
 
     def soft(self) -> Kept | Drawn:
@@ -83,14 +88,18 @@ class SoftLabels:
     """Random access to a table; pickles. Row groups that were read last are kept among the posts' (`data.GROUPS`), within their bytes.
 
     `shared`: the number of ids that the distributions are over, as the loss must be told. Raises TrainingError for a table that was made with
-    other settings than the recipe's, where a row has no soft labels, and where its tokens are not those that they were made from.
+    other settings than the recipe's, with features of another model than `student` (a fingerprint), where a row has no soft labels, and where its
+    tokens are not those that they were made from.
     """
 
-    def __init__(self, store: Store, manifest: Manifest, distill: Distill) -> None:
+    def __init__(self, store: Store, manifest: Manifest, distill: Distill, student: str | None = None) -> None:
         if (made := manifest.identity["distill"]) != (wanted := kept_by(distill)):
             raise TrainingError(f"softlabels {manifest.name!r} were made with {made}, and the recipe has {wanted}")
+        if distill.features and (made := manifest.identity["student"]) != student:
+            raise TrainingError(f"softlabels {manifest.name!r} hold picture features of the student {made}, and {student} is to be trained")
         self.store, self.name, self.sampled = store, manifest.name, distill.keep == "sampled"
         self.shared, self.rows_per_part = int(manifest.stats["shared"]), int(manifest.stats["rows_per_part"])
+        self.rows_per_group, self.dtype = rows_per_group(distill), str(manifest.identity["dtype"])
         self.parts = frozenset(manifest.parts())
         self._places: dict[str, dict[tuple[int, str], int]] = {}  # part -> where its rows are
 
@@ -113,8 +122,27 @@ class SoftLabels:
         widest = max(s.ids.shape[1] for s in drawn)
         return Drawn(*(torch.cat([_widened(getattr(s, k), widest) for s in drawn]) for k in ("ids", "weights")))
 
+    def features(self, row: int) -> Tensor | None:
+        """Of one training row's picture, flat [tokens of the picture · hidden]; None: the row was rejected when they were made."""
+        key, places = self._part(row)
+        there = [places[place] for t in Task if (place := (row, t.value)) in places]
+        if not there:
+            return None
+        label = self._label(key, min(there))
+        if label.features is None:
+            raise TrainingError(f"softlabels {self.name!r} have no picture features of row {row} (post {label.post_id!r}), which has a picture now")
+        return torch.frombuffer(bytearray(label.features), dtype=getattr(torch, self.dtype))
+
     def fetch(self, row: int, task: Task) -> SoftLabel:
         """Those of one training row's task."""
+        key, places = self._part(row)
+        at = places.get((row, task.value))
+        if at is None:
+            raise TrainingError(f"softlabels {self.name!r} have none for {task} of row {row}: it was rejected when they were made")
+        return self._label(key, at)
+
+    def _part(self, row: int) -> tuple[str, dict[tuple[int, str], int]]:
+        """The key of the part that would have a training row, and where its rows are."""
         part = f"{part_name(row - row % self.rows_per_part)}.parquet"
         if part not in self.parts:
             raise TrainingError(f"softlabels {self.name!r} have no row {row}: they were made of fewer rows")
@@ -123,11 +151,11 @@ class SoftLabels:
             with self.store.parquet(key) as f:
                 rows, tasks = (f.read(columns=[c])[c].to_pylist() for c in ("row", "task"))
             self._places[part] = {place: i for i, place in enumerate(zip(rows, tasks, strict=True))}
-        at = self._places[part].get((row, task.value))
-        if at is None:
-            raise TrainingError(f"softlabels {self.name!r} have none for {task} of row {row}: it was rejected when they were made")
-        found = GROUPS.get(self.store, key, at // ROWS_PER_GROUP).slice(at % ROWS_PER_GROUP, 1).to_pylist()[0]
-        return SoftLabel(**{**found, "task": task})
+        return key, self._places[part]
+
+    def _label(self, key: str, at: int) -> SoftLabel:
+        found = GROUPS.get(self.store, key, at // self.rows_per_group).slice(at % self.rows_per_group, 1).to_pylist()[0]
+        return SoftLabel(**{**found, "task": Task(found["task"])})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_places": {}}
@@ -156,8 +184,14 @@ def tokens_digest(e: Example) -> str:
 
 
 def kept_by(distill: Distill) -> dict[str, Any]:
-    """The settings that decide a table."""
-    return {"temperature": distill.temperature, "keep": distill.keep, "top_k": distill.top_k}
+    """The settings that decide a table. Without features it is the same as before there were any."""
+    made = {"temperature": distill.temperature, "keep": distill.keep, "top_k": distill.top_k}
+    return made | {"features": True} if distill.features else made
+
+
+def rows_per_group(distill: Distill) -> int:
+    """Of the table's Parquet files."""
+    return FEATURES_PER_GROUP if distill.features else ROWS_PER_GROUP
 
 
 def part_name(first_row: int) -> str:

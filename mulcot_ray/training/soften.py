@@ -1,17 +1,19 @@
 """The stage between assistant and student: the assistant's soft labels, written once, as softlabels/NAME. The student then trains without it.
 
 Ray Data gives each actor ranges of the training index; it goes through them some posts at a time and commits each range whole. A killed run
-goes on with the ranges that are missing. An actor has one device, and the assistant on it, in the dtype of the recipe.
+goes on with the ranges that are missing. An actor has one device, and the assistant on it, in the dtype of the recipe. With `distill.features` it
+has the student too, and the features of pictures that its vision tower makes stand in the table: a range is held in memory until it is
+committed, with features some 100 MB for 256 rows of a 3B student.
 
 The manifest's stats tell what it costs and what is lost: bytes a token, and of some rows the KL to the untrained student by the whole
-distributions (`kl_full`) and by what is kept of them (`kl_kept`), in nats a token.
+distributions (`kl_full`) and by what is kept of them (`kl_kept`), in nats a token; with features their bytes a post that has a picture.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,9 @@ from mulcot_ray.storage import Store
 from mulcot_ray.training.data import Index, index, row_key
 from mulcot_ray.training.examples import Encoder, Example
 from mulcot_ray.training.losses import Drawn, Kept, Teacher, answer_losses
-from mulcot_ray.training.model import check_alike, check_vocabularies, load, load_processor, output_weight
-from mulcot_ray.training.packing import Packer, answer_rows, answer_tokens, last_hidden
-from mulcot_ray.training.soft_labels import ROWS_PER_GROUP, SoftLabel, draw, keep, kept_by, part_name, tokens_digest
+from mulcot_ray.training.model import check_alike, check_features, check_vocabularies, load, load_processor, output_weight
+from mulcot_ray.training.packing import Packer, answer_rows, answer_tokens, features, last_hidden
+from mulcot_ray.training.soft_labels import SoftLabel, draw, keep, kept_by, part_name, rows_per_group, tokens_digest
 
 TASKS = (Task.REASONING, Task.CLASSIFICATION)
 MEASURED = 64  # training rows, about, on which the KL is compared
@@ -57,12 +59,13 @@ def soften(
         raise ConfigError(f"distill.top_k {d.top_k}: at most {MAX_DRAWS} draws can be counted")
     source = need(store, "posts", posts)
     tables = sorted((need(store, "rationales", r) for r in rationales), key=lambda t: t.fingerprint)  # as `stages.train` has them
-    (teacher, teacher_print), (student, _) = resolve_model(store, assistant), resolve_model(store, recipe.models.student)
+    (teacher, teacher_print), (student, student_print) = resolve_model(store, assistant), resolve_model(store, recipe.models.student)
+    check_features(d, recipe.student, str(student))
     identity = {
         "stage": "soften", "posts": source.fingerprint, "rationales": [t.fingerprint for t in tables], "assistant": teacher_print,
         "reading": _reading(student), "tasks": list(TASKS), "distill": kept_by(d), "contract": recipe.contract.hash,
         "seed": recipe.seed if d.keep == "sampled" else None, "dtype": recipe.dtype, "max_model_len": recipe.max_model_len,
-    }  # fmt: skip
+    } | ({"student": student_print} if d.features else {})  # fmt: skip
     run = begin(store, "softlabels", name, identity, {"rows_per_part": runtime.rows_per_chunk})
     if isinstance(run, Manifest):
         return run, False
@@ -75,8 +78,12 @@ def soften(
     with run:
         each = int(run.plan["rows_per_part"])
         tally = _run_all(run, work, each, runtime, progress)
-        size = sum(n for f, n in store.files(run.prefix).items() if f.startswith("part-"))
-        stats = {"rows_per_part": each, "shared": shared, "tokens": int(tally["tokens"]), "bytes_per_token": round(size / max(1, tally["tokens"]), 1)}
+        sizes = {f: n for f, n in store.files(run.prefix).items() if f.startswith("part-")}
+        seen = sum(_feature_bytes(store, f"{run.prefix}/{f}") for f in sizes) if d.features else 0
+        per_token = (sum(sizes.values()) - seen) / max(1, tally["tokens"])
+        stats = {"rows_per_part": each, "shared": shared, "tokens": int(tally["tokens"]), "bytes_per_token": round(per_token, 1)}
+        if d.features:
+            stats["feature_bytes_per_post"] = round(seen / max(1, tally["pictures"]), 1)
         return run.commit(len(work.rows) * len(TASKS), stats=stats | _measures(tally, d)), True
 
 
@@ -128,13 +135,13 @@ def _run_all(run: Run, work: _Work, each: int, runtime: Runtime, progress: Progr
 
 
 class _Softener:
-    """The Ray Data actor: the assistant, and the student too once it has a row on which the KL is compared."""
+    """The Ray Data actor: the assistant, and the student too for features, or once it has a row on which the KL is compared."""
 
     def __init__(self, work: _Work) -> None:
         self.work = work
         if work.device == "cpu":
             torch.set_num_threads(work.threads)
-        self.assistant, self.student = self._load(work.assistant), None
+        self.assistant, self.student = self._load(work.assistant), self._load(work.student) if work.distill.features else None
         self.encoder, self.packer = Encoder(load_processor(work.student), work.contract, work.max_len), Packer(work.student)
 
     def _load(self, folder: str) -> Any:
@@ -158,15 +165,17 @@ class _Softener:
                 made += self._soften(usable, tally)
         tally.update(rows_in=(hi - lo) * len(TASKS), rejects=len(rejected))
         table = pa.table([pa.array([getattr(s, f.name) for s in made], f.type) for f in SoftLabel.schema], schema=SoftLabel.schema)
-        return commit_part(work.store, work.target, part_name(lo), table, rejected, tally, ROWS_PER_GROUP)
+        return commit_part(work.store, work.target, part_name(lo), table, rejected, tally, rows_per_group(work.distill))
 
     @torch.no_grad()
     def _soften(self, posts: list[tuple[int, str, dict[Task, Example]]], tally: Counter[str]) -> list[SoftLabel]:
         """The rows of the table for these training rows (number, post, examples), in their order."""
         states = {row: dict[Task, Tensor]() for row, _, _ in posts}
-        for task, (hidden, _) in zip(TASKS, self._answers(self.assistant, [p for _, _, p in posts]), strict=True):
+        batch = self._batch([p for _, _, p in posts])
+        for task, (hidden, _) in zip(TASKS, answer_rows(last_hidden(self.assistant, batch), batch), strict=True):
             for (row, _, _), some in zip(posts, hidden.split([answer_tokens(p[task]) for _, _, p in posts]), strict=True):
                 states[row][task] = some
+        seen = self._features(posts, batch, tally) if self.work.distill.features else {}
         made = []
         for row, post_id, post in posts:
             these = [
@@ -174,12 +183,18 @@ class _Softener:
             ]
             if row % max(1, len(self.work.rows) // MEASURED) == 0:
                 self._measure(post, states[row], {s.task: s.soft() for s in these}, tally)
-            made += these
+            made += [replace(these[0], features=seen.get(row)), *these[1:]]
         return made
 
-    def _answers(self, model: Any, posts: list[dict[Task, Example]]) -> list[tuple[Tensor, Tensor]]:
-        batch = {k: v.to(self.work.device) for k, v in self.packer(posts, TASKS).items()}
-        return answer_rows(last_hidden(model, batch), batch)
+    def _batch(self, posts: list[dict[Task, Example]]) -> dict[str, Tensor]:
+        return {k: v.to(self.work.device) for k, v in self.packer(posts, TASKS).items()}
+
+    def _features(self, posts: list[tuple[int, str, dict[Task, Example]]], batch: dict[str, Tensor], tally: Counter[str]) -> dict[int, bytes]:
+        """Of the pictures of these training rows, by row: what the student's vision tower makes of them, little-endian."""
+        rows = [row for row, _, post in posts if post[TASKS[0]].picture is not None]
+        each = features(self.student, batch) if rows else ()
+        tally["pictures"] += len(rows)
+        return {row: x.contiguous().cpu().view(torch.uint8).numpy().tobytes() for row, x in zip(rows, each, strict=True)}
 
     def _logs(self, states: Tensor) -> Tensor:
         """The assistant's log-probabilities at the temperature of training, over the shared ids [n, shared]."""
@@ -202,7 +217,8 @@ class _Softener:
         """Count in the KL of the assistant to the student, by the whole distributions and by these."""
         self.student = self.student or self._load(self.work.student)
         t, weight = self.work.distill.temperature, output_weight(self.student)
-        for task, (hidden, targets) in zip(TASKS, self._answers(self.student, [post]), strict=True):
+        batch = self._batch([post])
+        for task, (hidden, targets) in zip(TASKS, answer_rows(last_hidden(self.student, batch), batch), strict=True):
             here = type(soft[task])(**{k: v.to(hidden.device) for k, v in vars(soft[task]).items()})
             full, kept = (
                 float(answer_losses(hidden, weight, targets, s, temperature=t, shared=self.work.shared, chunk=self.work.chunk).soft) / t**2
@@ -222,6 +238,13 @@ def _measures(tally: Counter[str], d: Distill) -> dict[str, float]:
         "kl_kept": tally["kl_kept"] / n,
     }
     return {"measured_tokens": int(tally["measured"])} | {k: round(float(v), 6) for k, v in about.items()}
+
+
+def _feature_bytes(store: Store, key: str) -> int:
+    """What the features of a part take, as they are stored."""
+    with store.parquet(key) as f:
+        at, groups = f.schema_arrow.get_field_index("features"), range(f.metadata.num_row_groups)
+        return sum(f.metadata.row_group(g).column(at).total_compressed_size for g in groups)
 
 
 def _reading(folder: Path) -> str:

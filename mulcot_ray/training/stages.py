@@ -54,6 +54,11 @@ def train(
     # By fingerprint: the rows are in the same order, however the tables were named to us.
     tables = None if rationales is None else sorted((need(store, "rationales", r) for r in rationales), key=lambda t: t.fingerprint)
     folder, base_print = resolve_model(store, base)
+    featured = assistant is not None and recipe.distill.features
+    if featured:
+        from mulcot_ray.training.model import check_features
+
+        check_features(recipe.distill, settings, str(folder))
     soft = resolve_model(store, assistant) if assistant is not None else None
     identity = {
         "stage": "train", "posts": source.fingerprint, "rationales": None if tables is None else [t.fingerprint for t in tables],
@@ -69,14 +74,16 @@ def train(
     from mulcot_ray.training.fit import fit
     from mulcot_ray.training.loop import Job
 
-    order = Order(index(store, source, Split.TRAIN, tables), settings.epochs, settings.global_batch, recipe.seed, recipe.contract.image.side)
+    side = None if featured else recipe.contract.image.side
+    order = Order(index(store, source, Split.TRAIN, tables), settings.epochs, settings.global_batch, recipe.seed, side)
     if order.total == 0:
         raise ConfigError(f"{len(order.index)} rows × {settings.epochs} epochs do not fill one batch of {settings.global_batch}")
     has_validation = bool(source.stats["splits"].get(Split.VALIDATION))
     accelerator = getattr(runtime, role).accelerator
     job = Job(
         # A resumed run finds its work, another recipe under a freed name does not, nor does another root on the same machine.
-        work=f"{name}-{digest([run.identity, store.base])[:8]}", base=str(folder), assistant=str(soft[0]) if soft else None, soft=None,
+        work=f"{name}-{digest([run.identity, store.base])[:8]}", base=str(folder), base_print=base_print,
+        assistant=str(soft[0]) if soft else None, soft=None,
         settings=settings, distill=recipe.distill, contract=recipe.contract, tasks=tasks, order=order,
         validation=index(store, source, Split.VALIDATION, None) if has_validation else None, dtype=recipe.dtype, max_model_len=recipe.max_model_len,
         device=runtime.device, micro_batch=runtime.micro_batch, packed=runtime.packed, loss_chunk=runtime.loss_chunk,
@@ -86,14 +93,15 @@ def train(
     )  # fmt: skip
     with run, session(runtime):
         if soft is not None and recipe.distill.soft_labels == "cached":
+            from mulcot_ray.training.soft_labels import kept_by
             from mulcot_ray.training.soften import soften
 
             assert assistant is not None and tables is not None
             same = ("posts", "rationales", "base", "assistant", "contract", "seed", "dtype", "max_model_len")
-            decides = {k: run.identity[k] for k in same} | recipe.distill.model_dump(include={"temperature", "keep", "top_k"})
+            decides = {k: run.identity[k] for k in same} | kept_by(recipe.distill)
             table, _ = soften(
                 store, f"soft-{digest(decides)}", posts=posts, rationales=[t.name for t in tables], assistant=assistant,
-                recipe=recipe.model_copy(update={"models": recipe.models.model_copy(update={"student": base})}), runtime=runtime,
+                recipe=recipe.model_copy(update={"models": recipe.models.model_copy(update={"student": base}), "student": settings}), runtime=runtime,
                 progress=lambda done, total, _: progress(done, total, {"soft_labels": done}),
             )  # fmt: skip
             job = replace(job, assistant=None, soft=table)
@@ -114,4 +122,5 @@ def _distill(d: Distill) -> dict[str, Any]:
     """What of the settings decides a result."""
     without = {"beta"} if d.divergence != "jsd" else set[str]()
     without |= {"keep", "top_k"} if d.soft_labels == "online" else set()
+    without |= set() if d.features else {"features"}  # so that results of before it was there are still found
     return d.model_dump(mode="json", exclude=without)

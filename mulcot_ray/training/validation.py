@@ -20,7 +20,7 @@ from mulcot_ray.prompts import Contract, label_token_ids
 from mulcot_ray.records import LABELS, Task
 from mulcot_ray.training.collate import make
 from mulcot_ray.training.data import Index
-from mulcot_ray.training.examples import IGNORE, Encoder, Example, gold_label
+from mulcot_ray.training.examples import IGNORE, Encoder, Example, gold_label, pixels
 from mulcot_ray.training.joint import Joint
 from mulcot_ray.training.packing import Packer
 
@@ -116,6 +116,6 @@ def prompts(examples: Sequence[Example], blank: Example, pad_id: int, image_toke
     pictures = [e.picture for e in examples if e.picture is not None]
     return {
         "input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == image_token).long(),
-        "pixel_values": torch.cat([torch.from_numpy(p.values) for p in pictures]),
+        "pixel_values": pixels(pictures),
         "image_grid_thw": torch.cat([torch.from_numpy(p.grid) for p in pictures]),
     }  # fmt: skip
