@@ -347,7 +347,7 @@ def test_series_have_our_labels_and_few_of_them(watched):
 @pytest.mark.ray
 def test_workers_say_in_json_what_they_are_at(watched):
     lines = [json.loads(x) for f in watched.logs.glob("worker-*.err") for x in f.read_text().splitlines() if x.startswith('{"time"')]
-    done = [x for x in lines if x["logger"] == "mulcot_ray.engines.chunks"]
+    done = [x for x in lines if x["logger"] == "mulcot_ray.engines.worker"]
     by_run = {(x["run"], x.get("role")): x for x in done}
     night = f"nights/{watched.result['night']['name']}"
     assert {("predictions/first", None), ("predictions/again", None), (night, "student"), (night, "assistant")} <= set(by_run)
