@@ -1,5 +1,5 @@
 # make demo   the whole way on the sample corpus, without a GPU
-# make test   all tests (after `make setup`, which they do themselves)
+# make test   all tests, two files at a time: they wait more than they work
 # make check  linter, formatter, type checker
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -24,7 +24,7 @@ demo: setup
 	.venv/bin/mulcot demo --root runs/demo
 
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 check: setup
 	$(PY) -m ruff check .
