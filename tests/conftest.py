@@ -13,6 +13,13 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_collection_modifyitems(items):
+    """xdist runs one of several tests that have the same name."""
+    names = [item.nodeid for item in items]
+    if len(set(names)) < len(names):
+        raise pytest.UsageError(f"several tests are called {next(n for n in names if names.count(n) > 1)}")
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
     """The server itself, for tests that look at it from the side or kill it; AWS_* of this process point to it."""
