@@ -131,11 +131,8 @@ def mapped(
 
 def stream(dataset: Any, **options: Any) -> Iterator[Any]:
     """The batches of a Ray Data dataset as they come, without its own progress bars; its errors as `mapped` has them."""
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    dataset.context.enable_progress_bars = False  # its own: it was copied when the dataset was made
+    dataset.context.print_on_execution_start = False
     try:
         yield from dataset.iter_batches(batch_size=None, prefetch_batches=0, **options)
     except Exception as e:
