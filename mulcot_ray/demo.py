@@ -22,6 +22,7 @@ from mulcot_ray.posts.importing import import_sample
 from mulcot_ray.posts.sample import best_single_modality
 from mulcot_ray.recipe import Recipe, Runtime
 from mulcot_ray.records import LABELS, SECTIONS, Post, Prediction, Split, from_row
+from mulcot_ray.run_page import write_page
 from mulcot_ray.storage import Store
 from mulcot_ray.teaching.augment import augment
 from mulcot_ray.teaching.teach import teach
@@ -40,6 +41,8 @@ def run_demo(store: Store, recipe: Recipe, runtime: Runtime, train: int) -> None
         seconds[stage] = round(seconds.get(stage, 0.0) + manifest.seconds, 1)
         what = f"{manifest.seconds:6.1f} s" if fresh else "already done"
         console.print(f"[green]✓[/] {manifest.kind}/{manifest.name:<22} {what:>12}   {_line(manifest)}", soft_wrap=True)
+        if fresh:
+            write_page(store, manifest)
         return manifest
 
     common: dict[str, Any] = {"recipe": recipe, "runtime": runtime}

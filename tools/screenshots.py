@@ -2,7 +2,7 @@
 
     python tools/screenshots.py ROOT OUT
 
-One of each kind, of the last that was made: `evaluations-report.png` is evaluations/*/report.html.
+One of each kind, of the last that was made: `evaluations-report.png` is evaluations/*/report.html, `replay-report.png` evaluations/replay-*/report.html.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ WIDTH, HEIGHT, COLOURS = 1100, 1500, 96  # pixels; a page that is longer is cut
 def kind(root: Path, page: Path) -> str:
     """`nights-night` for nights/…/night.html; `report` for the demo's own at the top."""
     stages = page.relative_to(root).parts[:-1]
-    return "-".join([*stages[:1], page.stem])
+    stage = ["replay"] if len(stages) > 1 and stages[1].startswith("replay-") else stages[:1]
+    return "-".join([*stage, page.stem])
 
 
 def main() -> None:
