@@ -18,7 +18,7 @@ from mulcot_ray.storage import Store
 FILE = "run.html"
 OWN_PAGES = {"rationales": "card.html", "evaluations": "report.html", "nights": "report.html"}
 FILES = 40  # that are named; of more the rest is counted
-MADE = {"models": "training rows", "duplicates": "duplicates", "evaluations": "posts"}  # what "rows" are, where they are not rows of a table
+MADE = {"models": "optimizer steps", "duplicates": "duplicates", "evaluations": "posts"}  # what "rows" are, where they are not rows of a table
 
 
 def write_page(store: Store, manifest: Manifest) -> str:
