@@ -98,8 +98,8 @@ class ChunkWorker:
         tally.update(engine.tally)
         for post in posts:
             tally.update(work.tally(post, found[post.post_id]))
-        rows = to_table(work.kind, [r for r in (found[p.post_id] for p in posts) if not isinstance(r, Reject)])
-        commit = await asyncio.to_thread(commit_part, self.store, self.target, chunk.part, rows, rejected, tally)
+        rows = [r for r in (found[p.post_id] for p in posts) if not isinstance(r, Reject)]
+        commit = await asyncio.to_thread(lambda: commit_part(self.store, self.target, chunk.part, to_table(work.kind, rows), rejected, tally))
         seconds = time.time() - started
         meter.done(seconds)
         log.info("%d rows, %d rejected, in %.1f s", len(posts), len(rejected), seconds)
