@@ -16,9 +16,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich import progress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 console = Console(highlight=False)
 Progress = Callable[[int, int, int], None]  # rows done, rows in all, rejects
@@ -48,7 +48,7 @@ def _bar(title: str, total: int | None) -> Iterator[Callable[[int, int | None, s
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with progress.Progress(*columns, console=console) as bars:
+    with Bars(*columns, console=console) as bars:
         task = bars.add_task(title, total=total, note="starting")
         yield lambda done, of, note: bars.update(task, completed=done, total=of, note=note)
 

@@ -19,7 +19,7 @@ WIDTH, HEIGHT, COLOURS = 1100, 1500, 96  # pixels; a page that is longer is cut
 
 
 def kind(root: Path, page: Path) -> str:
-    """`nights-night` for nights/…/night.html; `report` for the demo's own at the top."""
+    """`nights-report` for nights/…/report.html; `report` for the demo's own at the top."""
     stages = page.relative_to(root).parts[:-1]
     stage = ["replay"] if len(stages) > 1 and stages[1].startswith("replay-") else stages[:1]
     return "-".join([*stage, page.stem])

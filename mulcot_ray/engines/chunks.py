@@ -7,6 +7,7 @@ After a kill, chunks whose part exists are skipped; a chunk in flight is done ag
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 
 import pyarrow.parquet as pq
 
@@ -48,7 +49,7 @@ def run_chunks(
             watch.rows(tally["rows_in"], total)
             gpus = spec.runtime.devices if spec.device == "cuda" and spec.backend != "endpoint" else 0
             batches = mapped(
-                [{"file": c.file, "lo": c.lo, "hi": c.hi} for c in todo],
+                [asdict(c) for c in todo],
                 ChunkWorker,
                 fn_constructor_args=(target, source.prefix, chosen, spec, work, runtime.answer_cache, brake),
                 # All GPU replicas are asked for at once: Ray Data adds them one by one, and with real machines that is minutes each.

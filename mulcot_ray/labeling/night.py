@@ -164,8 +164,9 @@ def _stats(
     reasons = total("reasons")
     return {
         "date": date, "version": version.name, "revision": run.identity["revision"], "model": version.chain[0].work.model, "input": path,
-        "units": len(units), "bytes": sum(u.weight for u in units), "fates": {**fates, "repeated": repeated, "deferred": deferred, "rejected": rejects}, "repeated": repeated,
-        "deferred": deferred, "labels": {str(s): total("by_label")[str(s)] for s in LABELS}, "answered_by": dict(total("answered_by")),
+        "units": len(units), "bytes": sum(u.weight for u in units),
+        "fates": {**fates, "repeated": repeated, "deferred": deferred, "rejected": rejects}, "repeated": repeated, "deferred": deferred,
+        "labels": {str(s): total("by_label")[str(s)] for s in LABELS}, "answered_by": dict(total("answered_by")),
         "confidence": {"mean": round(sum(n * x for n, x in zip(bins, middles, strict=True)) / max(1, sum(bins)), 4), "histogram": bins},
         "images": {"with": images, "without": sum(m["rows"] for m in marks) - images},
         "image_faults": sum(n for r, n in reasons.items() if r.startswith("image_")), "explained": sum(m["explained"] for m in marks),

@@ -84,10 +84,10 @@ def pending(store: Store, path: str, *, version: Version, dates: Sequence[str] |
             elif done.stats["deferred"]:
                 what = f"{done.stats['deferred']} rows were deferred by {known[-1]}: a new revision"
             else:
-                what = f"done ({known[-1]})"
+                yield f"{date}  {size}: done ({known[-1]})"
+                continue
             yield f"{date}  {size}: {what}"
-            if not what.startswith("done"):
-                yield f"            {_as_before(weight, last)}"
+            yield f"            {_as_before(weight, last)}"
 
 
 def _as_before(weight: int, last: Manifest | None) -> str:

@@ -28,7 +28,7 @@ import tempfile
 import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -213,7 +213,7 @@ def _sign_all(run: Run, posts: Manifest, chunks: list[Chunk], exact_only: bool, 
         return
     with session(runtime):
         work = {"store": run.store, "source": f"posts/{posts.name}", "target": f"{run.prefix}/work", "exact_only": exact_only}
-        for batch in mapped([{"file": c.file, "lo": c.lo, "hi": c.hi} for c in todo], _sign_chunks, fn_kwargs=work, num_cpus=1):
+        for batch in mapped([asdict(c) for c in todo], _sign_chunks, fn_kwargs=work, num_cpus=1):
             done += int(sum(batch["rows"]))
             progress(done, posts.rows, 0)
 

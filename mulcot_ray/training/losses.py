@@ -236,7 +236,7 @@ class _Few(NamedTuple):
 
 
 def _few(soft: Kept | Drawn, logits: Tensor, how: _How) -> _Few:
-    """From the student's logits / T [c, v], none of them large. They are replaced by their exponentials; those of kept ids by 0."""
+    """From the student's logits / T [c, v], none of them large. They are replaced by their exponentials; those of ids that `Kept` has, by 0."""
     given, ids = (soft.logs if isinstance(soft, Kept) else soft.weights).to(logits.dtype), soft.ids.long()
     inside = (ids >= 0) & (ids < how.shared)
     ids = ids.masked_fill(~inside, 0)  # entries that are not there add 0 to the first id

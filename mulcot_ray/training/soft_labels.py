@@ -100,6 +100,7 @@ class SoftLabels:
         self.store, self.name, self.sampled = store, manifest.name, distill.keep == "sampled"
         self.shared, self.rows_per_part = int(manifest.stats["shared"]), int(manifest.stats["rows_per_part"])
         self.rows_per_group, self.dtype = rows_per_group(distill), str(manifest.identity["dtype"])
+        self.first = str(manifest.identity["tasks"][0])  # the task whose rows hold features
         self.parts = frozenset(manifest.parts())
         self._places: dict[str, dict[tuple[int, str], int]] = {}  # part -> where its rows are
 
@@ -125,10 +126,9 @@ class SoftLabels:
     def features(self, row: int) -> Tensor | None:
         """Of one training row's picture, flat [tokens of the picture · hidden]; None: the row was rejected when they were made."""
         key, places = self._part(row)
-        there = [places[place] for t in Task if (place := (row, t.value)) in places]
-        if not there:
+        if (at := places.get((row, self.first))) is None:
             return None
-        label = self._label(key, min(there))
+        label = self._label(key, at)
         if label.features is None:
             raise TrainingError(f"softlabels {self.name!r} have no picture features of row {row} (post {label.post_id!r}), which has a picture now")
         return torch.frombuffer(bytearray(label.features), dtype=getattr(torch, self.dtype))

@@ -52,7 +52,7 @@ def soften(
 
     Returns the manifest, and False where it was there already. Posts are tokenised as for the recipe's student, whatever the assistant's folder
     says. A row that cannot be used is a reject for each task. As many actors as the runtime has replicas of the assistant.
-    Raises ConfigError, ArtifactMissing, RecipeChanged, Busy, TrainingError.
+    Raises ConfigError, ArtifactMissing, RecipeChanged, Busy, TrainingError, EngineError.
     """
     d = recipe.distill
     if d.keep == "sampled" and d.top_k > MAX_DRAWS:
