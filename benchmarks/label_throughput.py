@@ -1,9 +1,10 @@
 """Labels per second: our pipeline against a bare vLLM AsyncLLM, against itself with rationales, and against the way the authors evaluate.
 
-    python benchmarks/label_throughput.py [--posts 2000] [--repeat 5] [--only pipeline,bare]
+    python benchmarks/label_throughput.py [--posts 2000] [--repeat 5] [--only pipeline,bare,lean]
 
 pipeline   `mulcot label`: posts table → chunks on Ray Data → vLLM actor → committed parts; scored label words, one prefill a post
 bare       a program without Ray that does the same for the same rows: reads the same table, decodes, renders, AsyncLLM, one Parquet file
+lean       the same program, but pictures made into vLLM's inputs by engines/inputs.py as the pipeline does, not by vLLM's renderer
 rationale  the pipeline with a rationale for every post (on --posts / 8 posts, in smaller chunks: they end one by one)
 reference  plain transformers `generate` of the whole answer, a batch of one, as METHOD.md says of the authors' scripts (on 24 posts)
 
@@ -53,7 +54,7 @@ def pipeline(store: Store, name: str, posts: str, runtime: Runtime, mode: Any = 
     return (marks[-1][1] - first[1]) / (marks[-1][0] - first[0])
 
 
-def bare(root: str, posts: str, places: int) -> float:
+def bare(root: str, posts: str, places: int, lean: bool) -> float:
     """Rows per second of an AsyncLLM fed by a loop, in a process of its own."""
     store = Store(root)
     spec = engine_spec(store, RECIPE, load_runtime("laptop"), "student", MODEL)
@@ -71,10 +72,12 @@ def bare(root: str, posts: str, places: int) -> float:
         async with gate:
             image = post_image(post, RECIPE.contract.image.side)
             text = render_chat(tokenizer, RECIPE.contract.messages(Task.CLASSIFICATION, post)) + RECIPE.contract.label_prefix
-            prompt: dict[str, Any] = {"prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
-            if image is not None:
-                prompt["multi_modal_data"] = {"image": image}
-            (ready,) = await llm.renderer.render_cmpl_async([parse_model_prompt(llm.model_config, prompt)])
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if lean:
+                ready = engine.inputs(tokens, image)
+            else:
+                prompt = {"prompt_token_ids": tokens} | ({} if image is None else {"multi_modal_data": {"image": image}})
+                (ready,) = await llm.renderer.render_cmpl_async([parse_model_prompt(llm.model_config, prompt)])
             async for out in llm.generate(ready, params, str(number)):
                 logs = out.outputs[0].logprobs[0]
             best = max(range(3), key=lambda i: logs[ids[i]].logprob)
@@ -126,7 +129,7 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--posts", type=int, default=2000)
     ap.add_argument("--repeat", type=int, default=5)
-    ap.add_argument("--only", default="pipeline,bare,rationale,reference")
+    ap.add_argument("--only", default="pipeline,bare,lean,rationale,reference")
     a = ap.parse_args()
     chosen = a.only.split(",")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -143,7 +146,8 @@ def main() -> None:
         import_sample(store, "few", train=0, validation=0, test=max(256, a.posts // 8), seed=2)
         ways: dict[str, Any] = {
             "pipeline": lambda i: pipeline(store, f"p-{i}", "sample", runtime),
-            "bare": lambda i: apart(module.bare, folder, "sample", places),
+            "bare": lambda i: apart(module.bare, folder, "sample", places, False),
+            "lean": lambda i: apart(module.bare, folder, "sample", places, True),
             "rationale": lambda i: pipeline(store, f"r-{i}", "few", runtime.model_copy(update={"rows_per_chunk": 8}), "explain"),
             "reference": lambda i: apart(module.reference, folder, "sample", 24),
         }

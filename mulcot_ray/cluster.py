@@ -136,7 +136,9 @@ def stream(dataset: Any, **options: Any) -> Iterator[Any]:
     try:
         yield from dataset.iter_batches(batch_size=None, prefetch_batches=0, **options)
     except Exception as e:
-        raise own_error(e) or EngineError(f"the workers failed: {type(e).__name__}: {str(e)[:300]}. Logs: {log_folder()}") from e
+        first = re.search(r"^[\w.]+: .+", str(e), re.MULTILINE)  # Ray's text begins with a traceback; this is what it was raised for
+        what = first[0] if first else f"{type(e).__name__}: {e}"
+        raise own_error(e) or EngineError(f"the workers failed: {what[:300]}. Logs: {log_folder()}") from e
 
 
 def _each(batch: dict[str, Any], kind: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, Any]:

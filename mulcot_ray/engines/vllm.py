@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from mulcot_ray.engines.base import Completion, EngineSpec, Messages, Sampling, Scores
+from mulcot_ray.engines.inputs import Inputs
 from mulcot_ray.engines.sizing import sequences
 from mulcot_ray.errors import EngineError, RowFault
 from mulcot_ray.prompts import label_token_ids, render_chat
@@ -43,7 +44,7 @@ class VLLMEngine:
             model=s.model, dtype=s.dtype, max_model_len=s.max_model_len, seed=s.seed, max_num_seqs=sequences(s), enforce_eager=not r.compile,
             tensor_parallel_size=r.tensor_parallel, pipeline_parallel_size=r.pipeline_parallel, enable_prefix_caching=True,
             limit_mm_per_prompt={"image": 1, "video": 0}, trust_remote_code=False, load_format="safetensors",
-            mm_processor_cache_gb=0 if cpu else 4, enable_log_requests=False, disable_log_stats=True,
+            mm_processor_cache_gb=0, enable_log_requests=False, disable_log_stats=True,
         )  # fmt: skip
         if cpu:
             # The CPU default of 128 tokens a block leaves nothing of a short prompt to share; 16 fails.
@@ -63,6 +64,7 @@ class VLLMEngine:
         self.tokenizer: Any = self.llm.get_tokenizer()
         self.image_tokens = s.contract.image.tokens
         self.label_ids = label_token_ids(self.tokenizer, s.contract)
+        self.inputs = Inputs(self.llm, s.contract.image.side)
 
     async def generate(self, messages: Messages, image: Image.Image | None, sampling: Sampling) -> Completion:
         ids, params = self._writing(messages, image, sampling, "FINAL_ONLY")
@@ -134,15 +136,10 @@ class VLLMEngine:
     async def _outputs(self, ids: list[int], image: Image.Image | None, params: Any) -> AsyncGenerator[Any, None]:
         """vLLM's outputs of one request. Raises EngineError and RowFault in place of vLLM's errors; closing it aborts the request."""
         from vllm.exceptions import VLLMClientError
-        from vllm.renderers.inputs.preprocess import parse_model_prompt
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        prompt: dict[str, Any] = {"prompt_token_ids": ids}
-        if image is not None:
-            prompt["multi_modal_data"] = {"image": image}
         try:
-            (ready,) = await self.llm.renderer.render_cmpl_async([parse_model_prompt(self.llm.model_config, prompt)])
-            async with aclosing(self.llm.generate(ready, params, uuid.uuid4().hex)) as outputs:
+            async with aclosing(self.llm.generate(self.inputs(ids, image), params, uuid.uuid4().hex)) as outputs:
                 async for out in outputs:
                     yield out
         except EngineDeadError as e:

@@ -29,7 +29,8 @@ from mulcot_ray.records import Post, Rationale, Reject, Split, to_table
 from mulcot_ray.storage import Store
 
 SPLITS = (Split.TRAIN, Split.VALIDATION, Split.TEST)  # what ratios stand for
-PART_ROWS, PART_BYTES, GROUP_ROWS = 4096, 64 << 20, 256
+PART_ROWS, PART_BYTES = 4096, 64 << 20
+GROUP_ROWS, GROUP_BYTES = 256, 8 << 20  # a row group is read for each chunk of it
 THREADS = max(2, min(8, os.cpu_count() or 1))
 WINDOW = 64  # rows being looked at; with a picture of 20 MiB in each, 1.3 GB
 REMEMBERED, REMEMBERED_BYTES = 8192, 32  # verdicts on pictures, without and with their bytes
@@ -192,7 +193,8 @@ class _Parts:
 
     def _write(self, rejects: bool) -> None:
         rows = self.rows[rejects]
-        self.run.write_table(f"part-{self.count[rejects]:05d}", to_table(type(rows[0]), rows), rejects=rejects, rows_per_group=GROUP_ROWS)
+        group = max(1, min(GROUP_ROWS, len(rows) * GROUP_BYTES // max(1, self.size[rejects])))
+        self.run.write_table(f"part-{self.count[rejects]:05d}", to_table(type(rows[0]), rows), rejects=rejects, rows_per_group=group)
         self.rows[rejects], self.size[rejects] = [], 0
         self.count[rejects] += 1
 
