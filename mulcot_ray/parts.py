@@ -32,15 +32,14 @@ class Commit:
     rejects: str
 
 
-def read_commits(store: Store, keys: list[str]) -> list[Commit]:
-    """Of each part the Parquet footer is read."""
-
-    def read(key: str) -> Commit:
-        found = pq.read_metadata(store.path(key), filesystem=store.fs).metadata or {}
-        return Commit(Counter(json.loads(found[TALLY])), found[REJECTS].decode())
-
+def footers(store: Store, keys: list[str]) -> list[pq.FileMetaData]:
+    """Those of these Parquet files, in order; nothing else of them is read."""
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(read, keys))
+        return list(pool.map(lambda k: pq.read_metadata(store.path(k), filesystem=store.fs), keys))
+
+
+def read_commits(store: Store, keys: list[str]) -> list[Commit]:
+    return [Commit(Counter(json.loads(f.metadata[TALLY])), f.metadata[REJECTS].decode()) for f in footers(store, keys)]
 
 
 def commit_part(

@@ -12,10 +12,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
 from mulcot_ray.artifacts import Kind, Manifest, find, need
 from mulcot_ray.engines.base import ENDPOINT, EngineSpec, Role, spec
 from mulcot_ray.engines.chunks import runtime_replicas
@@ -29,7 +25,7 @@ from mulcot_ray.parts import read_commits
 from mulcot_ray.posts.survey import spread, survey
 from mulcot_ray.prices import Prices, load_prices
 from mulcot_ray.recipe import Recipe, Runtime
-from mulcot_ray.records import LABELS, Split, Task
+from mulcot_ray.records import Split, Task
 from mulcot_ray.storage import Store
 
 Stage = Literal["teach", "augment", "label"]
@@ -222,14 +218,14 @@ def _cost(
         each = row_seconds(
             s, shape, a, prefill=prefill, pictures=pictures, written=written, context=context, batch=min(sequences(s), max(1, round(rows)))
         )
-        basis = f"an estimate, within a factor of about 2: {_count(shape.parameters)} parameters on {devices} × {s.runtime.accelerator}"
+        basis = f"an estimate, within a factor of about 2: {_billions(shape.parameters)} parameters on {devices} × {s.runtime.accelerator}"
     else:
         return None, None, "no time: the model's folder is not here, and it is not one whose size is known"
     low, high = runtime_replicas(s, max(1, done.of - done.chunks))
     usd = each * rows / 3600 * devices * a.usd_per_hour
     start = "engines start in 20 s or so" if s.device == "cpu" else "engines of a large model start in 2 to 10 minutes"
     each_costs = f"{a.usd_per_hour:g} USD an hour and device ({prices.as_of})"
-    return (each * rows / high, each * rows / low), (usd, usd), f"{basis}; {_range(str(low), str(high))} replicas; {each_costs}; {start}"
+    return (each * rows / high, each * rows / low), (usd, usd), f"{basis}; {between(str(low), str(high))} replicas; {each_costs}; {start}"
 
 
 def _measured(earlier: Manifest | None, s: EngineSpec, store: Store) -> float | None:
@@ -255,68 +251,9 @@ def _endpoint_cost(s: EngineSpec, prices: Prices, prompts: list[Prompts], rows: 
     return took, (usd, usd), f"{said}; list price of {prices.as_of}, no token counted as a cached one"
 
 
-# --- on the terminal -------------------------------------------------------------------------------------------------
-
-
-def show(p: Plan) -> RenderableType:
-    """Counts, tokens, rejects to expect, time and money, notes, and the prompts."""
-    parts: list[RenderableType] = [_counts(p), _prompts(p)]
-    if p.faults:
-        faults = Table("would be rejected", "sampled", "expected", "example", title=None)
-        for reason, n in p.faults.items():
-            faults.add_row(reason, f"{n['sampled']} of {p.sampled}", f"about {n['expected']:,}", Text(n["example"]))
-        parts.append(faults)
-    total = Table(show_header=False)
-    total.add_row(
-        "rows", f"{p.rows:,} in {p.done.of:,} chunks" + (f"; {p.done.rows:,} rows in {p.done.chunks:,} chunks are done" if p.done.chunks else "")
-    )
-    total.add_row("tokens", f"{p.tokens_in:,} in, {p.tokens_out:,} out{' (estimated)' if p.tokens_estimated else ''}")
-    total.add_row("time", "not known" if p.seconds is None else _range(*(_duration(x) for x in p.seconds)))
-    total.add_row("price", "not known" if p.usd is None else _range(*(_money(x) for x in p.usd)))
-    parts += [total, Text(p.basis, style="dim"), *(Text(n, style="yellow") for n in p.notes)]
-    for prompt in p.shown:
-        parts += [Text(f"a prompt for {p.prompts[0].question.task}, as the model sees it:", style="bold"), Text(prompt)]
-    return Group(*parts)
-
-
-def _counts(p: Plan) -> Table:
-    labels = [x for x in (*LABELS, "no label") if any(x in c for c in p.counts.values())]
-    table = Table("split", title=f"{p.stage} {p.name}: {p.model} on posts/{p.posts}, {p.split or 'all splits'}")
-    for header in ("rows", *labels, "with aspect", "with picture"):
-        table.add_column(header, justify="right")
-    for split, c in p.counts.items():
-        style = None if p.split in (None, split) else "dim"
-        table.add_row(split, *(f"{c.get(k, 0):,}" for k in ("rows", *labels, "with aspect", "with picture")), style=style)
-    if p.import_rejects:
-        table.caption = f"rejected by the import: {', '.join(f'{k} {n}' for k, n in p.import_rejects.items())}"
-    return table
-
-
-def _prompts(p: Plan) -> Table:
-    table = Table("asked", title=f"tokens of {p.sampled} sampled posts{', estimated' if p.tokens_estimated else ''}; the context has {p.context:,}")
-    for header in ("times a row", "p50", "p90", "p99", "max", "shared", "answer", "at most"):
-        table.add_column(header, justify="right")
-    for x in p.prompts:
-        q = x.question
-        table.add_row(
-            q.task, f"{q.times:.2f}", *map(str, (x.p50, x.p90, x.p99, x.max, x.shared)), f"{q.answer:.0f}" if q.limit else "-", str(q.limit or "-")
-        )
-    return table
-
-
-def _range(low: str, high: str) -> str:
+def between(low: str, high: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
-
-
-def _money(usd: float) -> str:
-    return f"{usd:,.2f} USD" if usd >= 0.01 or usd == 0 else "under 0.01 USD"
-
-
-def _count(n: int) -> str:
+def _billions(n: int) -> str:
     return f"{n / 1e9:.3g} billion" if n >= 1e9 else f"{n / 1e6:.3g} million"

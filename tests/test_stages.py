@@ -1,11 +1,14 @@
 """Teach, augment and label on a real local Ray with the scripted engine."""
 
 import re
+import sys
 
+import cloudpickle
 import pyarrow.parquet as pq
 import pytest
 
 from mulcot_ray.artifacts import begin, find, need, read_rows
+from mulcot_ray.cluster import mapped
 from mulcot_ray.engines.base import EngineSpec, Sampling
 from mulcot_ray.engines.chunks import runtime_replicas
 from mulcot_ray.engines.scope import Chunk, plan
@@ -187,3 +190,14 @@ def test_a_dead_engine_is_an_error_and_publishes_nothing(sample_store, runtime, 
 def test_an_empty_split_says_what_there_is(sample_store, runtime):
     with pytest.raises(InputError, match="no rows in split.*'train': 96"):
         teach(sample_store, "none", posts="sample", recipe=RECIPE, runtime=runtime, split=Split.UNLABELED, progress=quiet, engine=engine())
+
+
+def stumble(batch):
+    raise ZeroDivisionError(f"no row {batch['x'][0]}")
+
+
+def test_what_a_worker_stumbled_over_is_named(ray_session):
+    """Ray's own account of it begins with a traceback, which would fill the message."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with pytest.raises(EngineError, match=r"^the workers failed: ZeroDivisionError: no row 7\. Logs: "):
+        list(mapped([{"x": 7}], stumble))

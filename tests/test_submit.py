@@ -19,6 +19,7 @@ import yaml
 from ray.job_submission import JobStatus
 from ray_nodes import Head, free_ports, processes_of, ray_head
 
+from mulcot_ray import following
 from mulcot_ray import submit as module
 from mulcot_ray.errors import ConfigError, EngineError
 from mulcot_ray.submit import submit
@@ -232,9 +233,8 @@ class Cluster:
         if not self.stored:
             raise RuntimeError("status code 404")
         done = not self.log
-        status = module.__dict__.get("JobStatus") or __import__("ray.job_submission", fromlist=["JobStatus"]).JobStatus
         return SimpleNamespace(
-            submission_id=job, status=status.SUCCEEDED if done else status.RUNNING, driver_exit_code=0 if done else None, message=""
+            submission_id=job, status=JobStatus.SUCCEEDED if done else JobStatus.RUNNING, driver_exit_code=0 if done else None, message=""
         )
 
     async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
@@ -248,7 +248,7 @@ class Cluster:
 
 
 def test_a_submission_is_tried_again_but_never_sent_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "POLL_S", 0.001)
+    monkeypatch.setattr(module, "RETRY_S", 0.001)
     lost = Cluster(ConnectionError("cut"), RuntimeError("already exists"), stored=True)
     module._send(lost, "j", entrypoint="x")
     assert lost.sent == 2  # the second was told that the first had arrived
@@ -266,19 +266,19 @@ def test_a_submission_is_tried_again_but_never_sent_twice(monkeypatch: pytest.Mo
 
 
 def test_a_log_whose_connection_breaks_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "POLL_S", 0.001)
+    monkeypatch.setattr(following, "POLL_S", 0.001)
     said: list[str] = []
     log = (("one\ntw", RuntimeError("closed")), ("one\n", "two\nthr", OSError("reset")), ("one\ntwo\nthree\n", "end"))
-    assert module._follow(Cluster(stored=True, log=log), "j", "http://x:1", lambda q: False, said.append) == (0, False)
+    assert following.follow(Cluster(stored=True, log=log), "j", "http://x:1", lambda q: False, said.append) == (0, False)
     assert said == ["one", "two", "three", "end", "j: succeeded"]
-    monkeypatch.setattr(module, "BLIND_S", -1.0)
+    monkeypatch.setattr(following, "BLIND_S", -1.0)
     with pytest.raises(EngineError, match="out of sight.*may still be running.*ray job logs j"):
-        module._follow(Cluster(), "j", "http://x:1", lambda q: False, said.append)
+        following.follow(Cluster(), "j", "http://x:1", lambda q: False, said.append)
 
 
 def test_what_a_job_ended_with() -> None:
     def ended(status: JobStatus, code: int | None) -> tuple[int, bool]:
-        return module._outcome(SimpleNamespace(submission_id="j", status=status, driver_exit_code=code, message="why"), lambda t: None)
+        return following._outcome(SimpleNamespace(submission_id="j", status=status, driver_exit_code=code, message="why"), lambda t: None)
 
     assert ended(JobStatus.SUCCEEDED, 0) == (0, False) and ended(JobStatus.STOPPED, None) == (130, False)
     assert ended(JobStatus.FAILED, 1) == (1, False)  # an error of ours: trying again is no use

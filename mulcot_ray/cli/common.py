@@ -113,7 +113,8 @@ def done(store: Store, m: Manifest, fresh: bool) -> None:
 
 
 def show_plan(store: Store, recipe: Recipe, runtime: Runtime, what: Any, posts: str, name: str, **options: Any) -> None:
-    from mulcot_ray.plan import plan, show
+    from mulcot_ray.plan import plan
+    from mulcot_ray.plan_table import show
 
     console.print(show(plan(store, recipe, runtime, stage=what, posts=posts, name=name, **options)))
     console.print("Nothing was started or written.")

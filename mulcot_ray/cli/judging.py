@@ -62,7 +62,7 @@ def plan(
 ) -> None:  # fmt: skip
     """Counts, real prompts, token lengths, time and cost of a stage, before anything is spent. Starts nothing and writes nothing."""
     from mulcot_ray.plan import plan as run
-    from mulcot_ray.plan import show
+    from mulcot_ray.plan_table import show
     from mulcot_ray.prices import load_prices
 
     r, t = load_recipe(recipe), load_runtime(runtime)

@@ -36,7 +36,7 @@ from mulcot_ray.console import Progress
 from mulcot_ray.errors import ConservationError
 from mulcot_ray.labeling.intake import read_groups
 from mulcot_ray.labeling.ledger import KEY, PAYLOAD, Column, Ledger, View, as_bytes, as_keys
-from mulcot_ray.parts import TALLY
+from mulcot_ray.parts import TALLY, footers
 from mulcot_ray.recipe import Runtime
 from mulcot_ray.records import Fate, Post, Split
 from mulcot_ray.storage import Store
@@ -76,7 +76,7 @@ def match(run: Run, buckets: int, markers: list[dict[str, Any]], ledger: Ledger,
     cells = _cells(markers, buckets, "id_groups")
     for _ in tasks(runtime, FindClashes, (run.store, work, buckets), [{"bucket": b, "cells": cells[b]} for b in missing("clashes")]):
         pass
-    clashes = _footers(run.store, [f"{work}/clashes/{n}" for n in names])
+    clashes = _tallies(run.store, [f"{work}/clashes/{n}" for n in names])
     _conserved(run.prefix, "ids", total, sum(c["rows"] for c in clashes))
     tally, todo = Counter[str](), missing("found")
     for done in matched(run, buckets, [b for b in range(buckets) if b not in todo]):
@@ -95,7 +95,7 @@ def match(run: Run, buckets: int, markers: list[dict[str, Any]], ledger: Ledger,
 
 def matched(run: Run, buckets: int, some: Iterable[int] | None = None) -> list[dict[str, Any]]:
     """What each bucket's found part was committed with: "bucket", "rows", "fates" {fate: rows}, "images" (rows with a picture), "todo_parts" [[name, rows]]."""
-    return _footers(run.store, [f"{run.prefix}/work/found/part-{b:03d}.parquet" for b in (range(buckets) if some is None else some)])
+    return _tallies(run.store, [f"{run.prefix}/work/found/part-{b:03d}.parquet" for b in (range(buckets) if some is None else some)])
 
 
 # (a) Clashes
@@ -356,10 +356,9 @@ def _ahead(work: Callable[[T], R], items: Iterable[T], n: int) -> Iterator[tuple
             yield done, result.result()
 
 
-def _footers(store: Store, keys: list[str]) -> list[dict[str, Any]]:
+def _tallies(store: Store, keys: list[str]) -> list[dict[str, Any]]:
     """The counts that these parts were committed with."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(lambda k: json.loads((pq.read_metadata(store.path(k), filesystem=store.fs).metadata or {})[TALLY]), keys))
+    return [json.loads(f.metadata[TALLY]) for f in footers(store, keys)]
 
 
 def _conserved(prefix: str, what: str, planned: int, found: int) -> None:

@@ -20,9 +20,10 @@ from mulcot_ray.labeling.gates import Gates, Verdict, breaches, judge
 from mulcot_ray.labeling.ledger import Ledger
 from mulcot_ray.labeling.night import Steps, listing, night, night_rows, revisions
 from mulcot_ray.labeling.publishing import current, earlier_nights, keep_verdicts, publish, repair, withdrawn
-from mulcot_ray.labeling.report import dollars, metrics, night_page
+from mulcot_ray.labeling.report import metrics, night_page
 from mulcot_ray.labeling.version import NightSettings, Version
 from mulcot_ray.posts.dumps import list_units, partitions
+from mulcot_ray.prices import dollars
 from mulcot_ray.recipe import Runtime
 from mulcot_ray.storage import Store
 

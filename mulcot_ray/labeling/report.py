@@ -16,6 +16,7 @@ from mulcot_ray.html import environment, number, words
 from mulcot_ray.labeling.gates import BINS, Gates, Verdict, breaches, last_nights, median_prior, missing_images, prior, readable, rows_in
 from mulcot_ray.labeling.publishing import labels_of
 from mulcot_ray.posts.shown import clip
+from mulcot_ray.prices import dollars
 from mulcot_ray.records import LABELS, Fate, Reason
 
 LOWEST = 6  # bin at which the histogram begins: the largest of three probabilities is a third at least
@@ -197,11 +198,6 @@ def _pace(pace: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         values = value if isinstance(value, list | tuple) else [value]
         shown.append(("What it led to" if key == "said" else words(key), [str(v) for v in values]))
     return shown
-
-
-def dollars(x: float) -> str:
-    """Dollars: cents, and of small sums three digits."""
-    return f"{x:,.2f} USD" if x >= 1 or not x else f"{x:.3g} USD" if x >= 1e-4 else f"{x:.6f} USD"
 
 
 def _commands(date: str, root: str) -> dict[str, str]:

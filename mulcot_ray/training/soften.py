@@ -26,7 +26,7 @@ from mulcot_ray.cluster import mapped, session
 from mulcot_ray.console import Progress
 from mulcot_ray.engines.scope import LIVES
 from mulcot_ray.errors import ConfigError, RowFault
-from mulcot_ray.parts import Commit, Parts, as_batch, commit_part
+from mulcot_ray.parts import Commit, Parts, as_batch, commit_part, footers
 from mulcot_ray.prompts import Contract, digest
 from mulcot_ray.recipe import Distill, Recipe, Runtime
 from mulcot_ray.records import Reject, Split, Task
@@ -79,7 +79,7 @@ def soften(
         each = int(run.plan["rows_per_part"])
         tally = _run_all(run, work, each, runtime, progress)
         sizes = {f: n for f, n in store.files(run.prefix).items() if f.startswith("part-")}
-        seen = sum(_feature_bytes(store, f"{run.prefix}/{f}") for f in sizes) if d.features else 0
+        seen = _feature_bytes(store, [f"{run.prefix}/{f}" for f in sizes]) if d.features else 0
         per_token = (sum(sizes.values()) - seen) / max(1, tally["tokens"])
         stats = {"rows_per_part": each, "shared": shared, "tokens": int(tally["tokens"]), "bytes_per_token": round(per_token, 1)}
         if d.features:
@@ -240,11 +240,11 @@ def _measures(tally: Counter[str], d: Distill) -> dict[str, float]:
     return {"measured_tokens": int(tally["measured"])} | {k: round(float(v), 6) for k, v in about.items()}
 
 
-def _feature_bytes(store: Store, key: str) -> int:
-    """What the features of a part take, as they are stored."""
-    with store.parquet(key) as f:
-        at, groups = f.schema_arrow.get_field_index("features"), range(f.metadata.num_row_groups)
-        return sum(f.metadata.row_group(g).column(at).total_compressed_size for g in groups)
+def _feature_bytes(store: Store, keys: list[str]) -> int:
+    """What the features of these parts take, as they are stored."""
+    groups = [f.row_group(g) for f in footers(store, keys) for g in range(f.num_row_groups)]
+    columns = [g.column(i) for g in groups for i in range(g.num_columns)]
+    return sum(c.total_compressed_size for c in columns if c.path_in_schema.partition(".")[0] == "features")
 
 
 def _reading(folder: Path) -> str:
