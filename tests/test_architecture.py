@@ -14,14 +14,14 @@ LAYERS = [
     {"prompts", "recipe", "storage", "artifacts", "calibration", "cluster", "console", "html", "observing", "parts", "prices"},
     {"posts", "engines"},
     {"teaching", "training", "evaluation", "labeling", "serving"},
-    {"cli", "demo", "plan", "doctor", "machines", "sweep", "lineage", "replay", "submit", "status", "run_page", "spot"},
+    {"cli", "demo", "plan", "plan_table", "doctor", "machines", "sweep", "lineage", "replay", "submit", "following", "status", "run_page", "spot"},
 ]
 STAGES = LAYERS[3]
 HEAVY = {
-    "torch": {"training", "engines/parity.py", "machines.py"},
+    "torch": {"training", "engines/inputs.py", "engines/parity.py", "machines.py"},
     "transformers": {"training", "evaluation", "engines/parity.py", "engines/preview.py"},
     "peft": {"training"},
-    "vllm": {"engines/vllm.py"},
+    "vllm": {"engines/vllm.py", "engines/inputs.py"},
     "sentence_transformers": {"evaluation"},
 }
 

@@ -15,7 +15,6 @@ from typing import Any
 from PIL import Image
 
 from mulcot_ray.engines.base import Completion, EngineSpec, Messages, Sampling, Scores
-from mulcot_ray.engines.inputs import Inputs
 from mulcot_ray.engines.sizing import sequences
 from mulcot_ray.errors import EngineError, RowFault
 from mulcot_ray.prompts import label_token_ids, render_chat
@@ -38,6 +37,8 @@ class VLLMEngine:
         os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_CONFIGURE_LOGGING="0")
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
+
+        from mulcot_ray.engines.inputs import Inputs
 
         r = s.runtime
         options: dict[str, Any] = dict(
