@@ -1,8 +1,10 @@
-"""Rationales per second: our chunk pipeline against `ray.data.llm`'s processor, same posts, same model, same engine settings.
+"""Rationales per second: our chunk pipeline against `ray.data.llm`'s processor, same posts, same prompts, same model.
 
     python benchmarks/ray_data_llm.py [--posts 2000] [--repeat 3]
 
 Both write the five sections for each post with the same greedy sampling. Engine start is part of neither: each run is timed over the middle half of its rows. Runs are interleaved; medians and their ratio are printed. One replica, one machine.
+What an engine may hold at once is the same: sequences, context, cache, prompts whole. Not the same, as each needs it: there the engine's executor is
+a process of its own (`mp`), pictures travel as PNG in base64, as its picture stage takes them, and prompts are rendered before the clock starts.
 docs/decisions/0002-engine-in-the-actor.md says what else decided between the two.
 """
 
@@ -55,6 +57,7 @@ def processor(store: Store) -> tuple[float, int]:
         engine_kwargs=dict(
             dtype="float32", max_model_len=RECIPE.max_model_len, enforce_eager=True, max_num_seqs=r.max_num_seqs, block_size=32,
             kv_cache_memory_bytes=(r.kv_cache_mb or 256) << 20, limit_mm_per_prompt={"image": 1, "video": 0}, distributed_executor_backend="mp",
+            enable_chunked_prefill=False, max_num_batched_tokens=max(8192, RECIPE.max_model_len), mm_processor_cache_gb=0,
         ),
         concurrency=1, batch_size=16, placement_group_config={"bundles": [{"CPU": 1}], "strategy": "PACK"},
         runtime_env={"env_vars": {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}},

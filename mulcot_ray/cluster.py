@@ -136,8 +136,8 @@ def stream(dataset: Any, **options: Any) -> Iterator[Any]:
     try:
         yield from dataset.iter_batches(batch_size=None, prefetch_batches=0, **options)
     except Exception as e:
-        first = re.search(r"^[\w.]+: .+", str(e), re.MULTILINE)  # Ray's text begins with a traceback; this is what it was raised for
-        what = first[0] if first else f"{type(e).__name__}: {e}"
+        raised = re.findall(r"^(?!ray\.)\w[\w.]*: .+", str(e), re.MULTILINE)  # Ray's text is tracebacks, the cause first and its own wrapper last
+        what = raised[-1] if raised else f"{type(e).__name__}: {e}"
         raise own_error(e) or EngineError(f"the workers failed: {what[:300]}. Logs: {log_folder()}") from e
 
 

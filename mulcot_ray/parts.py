@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +23,7 @@ from mulcot_ray.storage import Store
 
 TALLY, REJECTS = b"mulcot", b"mulcot.rejects"  # keys in a part's metadata: its counts, and the name of the file of its rejects
 READERS = 16
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,14 @@ class Commit:
     rejects: str
 
 
-def footers(store: Store, keys: list[str]) -> list[pq.FileMetaData]:
-    """Those of these Parquet files, in order; nothing else of them is read."""
+def footers(store: Store, keys: list[str], take: Callable[[pq.FileMetaData], T]) -> list[T]:
+    """What `take` makes of the footers of these Parquet files, in order. A footer may have 45 KB in memory; none is kept."""
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(lambda k: pq.read_metadata(store.path(k), filesystem=store.fs), keys))
+        return list(pool.map(lambda k: take(pq.read_metadata(store.path(k), filesystem=store.fs)), keys))
 
 
 def read_commits(store: Store, keys: list[str]) -> list[Commit]:
-    return [Commit(Counter(json.loads(f.metadata[TALLY])), f.metadata[REJECTS].decode()) for f in footers(store, keys)]
+    return footers(store, keys, lambda f: Commit(Counter(json.loads(f.metadata[TALLY])), f.metadata[REJECTS].decode()))
 
 
 def commit_part(

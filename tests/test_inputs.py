@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from multiprocessing import get_context
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image
 from mulcot_ray.artifacts import resolve_model
 from mulcot_ray.engines import inputs
 from mulcot_ray.engines.base import engine_spec, open_engine
+from mulcot_ray.errors import RowFault
 from mulcot_ray.posts.images import post_image
 from mulcot_ray.posts.sample import sample_posts
 from mulcot_ray.prompts import render_chat
@@ -50,25 +53,41 @@ def compared() -> dict[str, Any]:
     """In a process of its own: vLLM leaves settings behind."""
     engine: Any = open_engine(engine_spec(Store("."), RECIPE, load_runtime("laptop"), "student", MODEL))
     try:
-        posts = list(sample_posts(24, Split.TEST, 3))
-        pictures = [post_image(p, SIDE) for p in posts]
-        prompts = [render_chat(engine.tokenizer, RECIPE.contract.messages(Task.CLASSIFICATION, p)) for p in posts]
-        ids = [engine.tokenizer(x, add_special_tokens=False)["input_ids"] for x in prompts]
-        rows = [(i, p) for i, p in zip(ids, pictures, strict=True) if p is not None]
-        rendered = [engine.inputs._rendered(i, p) for i, p in rows]
-        made = [engine.inputs(i, p) for i, p in rows]
-        one = {"direct": engine.inputs.direct, "rows": len(rows), "same": sum(map(inputs.same, made, rendered))}
-        one["hashes"] = len({m["mm_hashes"]["image"][0] for m in made}) == len({p.tobytes() for _, p in rows})
-        text = engine.inputs(ids[0], None)
-        one["text"] = (text["type"], text["prompt_token_ids"] == ids[0])
-        right, inputs.patches = inputs.patches, lambda *a: right(a[0].transpose(Image.Transpose.FLIP_LEFT_RIGHT), *a[1:])
-        other = inputs.Inputs(engine.llm, SIDE)
-        one["other direct"] = other.direct
-        one["other same"] = sum(inputs.same(other(i, p), r) for (i, p), r in zip(rows, rendered, strict=True))
-        one["told apart"] = not any(inputs.same(other._made(i, p), r) for (i, p), r in zip(rows, rendered, strict=True))
-        return one
+        return asyncio.run(_compared(engine))
     finally:
         engine.close()
+
+
+async def _compared(engine: Any) -> dict[str, Any]:
+    async def rendered(ids: list[int], picture: Image.Image) -> Any:
+        return (await engine.llm.renderer.render_cmpl_async(engine.inputs._prompts(ids, picture)))[0]
+
+    posts = list(sample_posts(24, Split.TEST, 3))
+    prompts = [render_chat(engine.tokenizer, RECIPE.contract.messages(Task.CLASSIFICATION, p)) for p in posts]
+    ids = [engine.tokenizer(x, add_special_tokens=False)["input_ids"] for x in prompts]
+    rows = [(i, picture) for i, p in zip(ids, posts, strict=True) if (picture := post_image(p, SIDE)) is not None]
+    wanted = [await rendered(i, p) for i, p in rows]
+    made = [await engine.inputs(i, p) for i, p in rows]
+    untimed = [{k: v for k, v in m.items() if k != "arrival_time"} for m in made]
+    found = {"direct": engine.inputs.direct, "rows": len(rows), "same": sum(map(inputs.same, untimed, wanted))}
+    found["timed"] = all(abs(m["arrival_time"] - w["arrival_time"]) < 60 for m, w in zip(made, wanted, strict=True))
+    found["hashes"] = len({m["mm_hashes"]["image"][0] for m in made}) == len({p.tobytes() for _, p in rows})
+    text = await engine.inputs(ids[0], None)
+    found["text"] = (text["type"], text["prompt_token_ids"] == ids[0])
+    other_size = noise(112, 112)  # not the contract's: the renderer knows what to do
+    found["other size"] = (await engine.inputs(rows[0][0], other_size))["mm_placeholders"]["image"][0].length
+    try:
+        await engine.inputs([engine.inputs.image_token + 1], rows[0][1])
+    except RowFault as f:
+        found["no place"] = f.reason
+    right, inputs.patches = inputs.patches, lambda *a: right(a[0].transpose(Image.Transpose.FLIP_LEFT_RIGHT), *a[1:])
+    other = inputs.Inputs(engine.llm, SIDE)
+    found["other direct"] = other.direct
+    found["other hashes"] = [(await other(i, p))["mm_hashes"] for i, p in rows] == [w["mm_hashes"] for w in wanted]  # the renderer's
+    found["told apart"] = not any(inputs.same(other._made(i, p), w) for (i, p), w in zip(rows, wanted, strict=True))
+    strange = SimpleNamespace(model_config=SimpleNamespace(hf_config=object()), renderer=engine.llm.renderer)
+    found["strange direct"] = inputs.Inputs(strange, SIDE).direct
+    return found
 
 
 @pytest.mark.engine
@@ -78,5 +97,6 @@ def test_inputs_are_those_of_vllms_renderer_and_where_they_are_not_its_own_are_u
     rows = found.pop("rows")
     assert rows > 12
     assert found == {
-        "direct": True, "same": rows, "hashes": True, "text": ("token", True), "other direct": False, "other same": rows, "told apart": True,
+        "direct": True, "same": rows, "timed": True, "hashes": True, "text": ("token", True), "other size": 16, "no place": "engine_error",
+        "other direct": False, "other hashes": True, "told apart": True, "strange direct": False,
     }  # fmt: skip

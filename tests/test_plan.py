@@ -21,7 +21,7 @@ from mulcot_ray.plan import plan
 from mulcot_ray.plan_table import show
 from mulcot_ray.posts.sample import sample_posts
 from mulcot_ray.posts.survey import spread, survey
-from mulcot_ray.prices import load_prices
+from mulcot_ray.prices import dollars, load_prices
 from mulcot_ray.recipe import Endpoint, load_recipe, load_runtime
 from mulcot_ray.records import Post, Prediction, Rationale, Reject, Sentiment, Split, Task, from_row, to_table
 from mulcot_ray.storage import Store
@@ -287,7 +287,7 @@ def test_a_plan_is_shown_and_written_as_json(sample_store):
         "teach x: builtin:teacher on posts/sample, train",
         "96 in 3 chunks",
         "explain",
-        " USD",
+        dollars(p.usd[0]),
         "an estimate",
         "assumed",
         "<picture: 9 tokens>",

@@ -193,7 +193,10 @@ def test_an_empty_split_says_what_there_is(sample_store, runtime):
 
 
 def stumble(batch):
-    raise ZeroDivisionError(f"no row {batch['x'][0]}")
+    try:
+        return {}[int(batch["x"][0])]
+    except KeyError as e:
+        raise ZeroDivisionError(f"no row {e}") from e
 
 
 def test_what_a_worker_stumbled_over_is_named(ray_session):

@@ -1,6 +1,6 @@
 """What a stage may ask of a model: write an answer, or weigh the label words. One narrow interface, several backends.
 
-`vllm` runs a model folder in this process (engines/vllm.py, the only module that imports vLLM). `endpoint` asks a server that speaks
+`vllm` runs a model folder in this process (engines/vllm.py; it and engines/inputs.py alone import vLLM). `endpoint` asks a server that speaks
 OpenAI's API (engines/endpoint.py). `scripted` is a fake for unit tests: it answers from a function and says so in its name.
 """
 

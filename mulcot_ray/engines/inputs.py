@@ -1,6 +1,6 @@
 """A post as vLLM's engine takes it: token ids and, where it has a picture, its patches, their hash and their place.
 
-vLLM's renderer makes that by Hugging Face's processor, whose checks of options and searching for the placeholder take 0.6 ms of Python a row,
+vLLM's renderer makes that by Hugging Face's processor, whose checks of options and searching for the placeholder take 0.5 ms of Python a row,
 more than a small model needs for the row itself. All pictures of a contract have one size, so all but patches, hash and place is the same for
 each: `Inputs` takes it from an input that the renderer made. When an engine opens, one more picture is made both ways: where the two differ
 (another version, another family), the renderer makes every input.
@@ -8,10 +8,12 @@ each: `Inputs` takes it from an input that the renderer made. When an engine ope
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import hashlib
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mulcot_ray.errors import RowFault
+from mulcot_ray.records import Reason
+
+LARGE = 448  # pixels of a side: above it, patches and hash take longer (milliseconds) than handing them to a thread
 log = logging.getLogger(__name__)
 
 
@@ -39,26 +45,34 @@ class Inputs:
     """Makes inputs for one AsyncLLM whose pictures are all `side` pixels square. `direct`: whether pictures go past the renderer."""
 
     def __init__(self, llm: Any, side: int) -> None:
-        config = llm.model_config.hf_config
-        self.llm, self.image_token, vision = llm, config.image_token_id, config.vision_config
-        self.cut = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
-        noise = np.random.default_rng(0)
-        first, second = (Image.fromarray(noise.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(2))
-        self.like = self._rendered([0, self.image_token], first)
+        self.llm, self.size, self.direct = llm, (side, side), False
         try:
+            config = llm.model_config.hf_config
+            vision = config.vision_config
+            self.image_token: int = config.image_token_id
+            self.cut = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+            self.name = repr((llm.model_config.model, self.size, self.cut)).encode()  # what a picture's hash depends on beside its pixels
+            noise = np.random.default_rng(0)
+            first, second = (Image.fromarray(noise.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(2))
+            (self.like,) = llm.renderer.render_cmpl(self._prompts([0, self.image_token], first))
             elsewhere = [0, 0, self.image_token, 0]
-            self.direct = same(self._made(elsewhere, second), self._rendered(elsewhere, second))
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+            self.direct = same(self._made(elsewhere, second), llm.renderer.render_cmpl(self._prompts(elsewhere, second))[0])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):  # what a stranger's objects raise where they are other than expected
             log.debug("an input cannot be made like vLLM's", exc_info=True)
-            self.direct = False
         if not self.direct:
             log.warning("this vLLM makes pictures in another way than mulcot_ray.engines.inputs: its renderer is used, which is slower")
 
-    def __call__(self, ids: list[int], image: Image.Image | None) -> dict[str, Any]:
-        """ids: the prompt, the picture one token of it. Raises vLLM's errors."""
-        if image is not None and not self.direct:
-            return self._rendered(ids, image)
-        made = self._made(ids, image) if image is not None else {"type": "token", "prompt_token_ids": ids}
+    async def __call__(self, ids: list[int], image: Image.Image | None) -> Mapping[str, Any]:
+        """ids: the prompt, the picture one token of it. Raises vLLM's errors, and RowFault where the prompt has no place for the picture."""
+        if image is None:
+            made: dict[str, Any] = {"type": "token", "prompt_token_ids": ids}
+        elif not self.direct or image.mode != "RGB" or image.size != self.size:
+            (rendered,) = await self.llm.renderer.render_cmpl_async(self._prompts(ids, image))
+            return rendered  # type: ignore[no-any-return]
+        elif self.image_token not in ids:
+            raise RowFault(Reason.ENGINE_ERROR, "the chat template gives the picture no place in the prompt")
+        else:
+            made = await asyncio.to_thread(self._made, ids, image) if image.width > LARGE else self._made(ids, image)
         return made | {"arrival_time": time.time()}
 
     def _made(self, ids: list[int], image: Image.Image) -> dict[str, Any]:
@@ -71,27 +85,26 @@ class Inputs:
             "type": "multimodal",
             "prompt_token_ids": [*ids[:at], *[self.image_token] * place.length, *ids[at + 1 :]],
             "mm_kwargs": MultiModalKwargsItems({"image": [MultiModalKwargsItem({**item, "pixel_values": pixels})]}),
-            "mm_hashes": {"image": [hashlib.sha256(image.tobytes()).hexdigest()]},
+            "mm_hashes": {"image": [hashlib.sha256(self.name + image.tobytes()).hexdigest()]},
             "mm_placeholders": {"image": [dataclasses.replace(place, offset=at)]},
         }
 
-    def _rendered(self, ids: list[int], image: Image.Image) -> dict[str, Any]:
+    def _prompts(self, ids: list[int], image: Image.Image) -> list[Any]:
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 
-        prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": image}}
-        (made,) = self.llm.renderer.render_cmpl([parse_model_prompt(self.llm.model_config, prompt)])
-        return dict(made)
+        return [parse_model_prompt(self.llm.model_config, {"prompt_token_ids": ids, "multi_modal_data": {"image": image}})]
 
 
-def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two inputs are the same to the model; the hash only names the picture."""
+def same(made: Mapping[str, Any], rendered: Mapping[str, Any]) -> bool:
+    """Whether two inputs are the same to the model: all but the hash, which only names the picture, and the time."""
+    equal = ("type", "prompt_token_ids", "mm_placeholders")
     if (
-        a["prompt_token_ids"] != b["prompt_token_ids"]
-        or a["mm_placeholders"] != b["mm_placeholders"]
-        or a["mm_kwargs"].keys() != b["mm_kwargs"].keys()
+        made.keys() != rendered.keys() - {"arrival_time"}
+        or any(made[k] != rendered[k] for k in equal)
+        or [*made["mm_kwargs"]] != [*rendered["mm_kwargs"]]
     ):
         return False
-    (x,), (y,) = a["mm_kwargs"]["image"], b["mm_kwargs"]["image"]
+    (x,), (y,) = made["mm_kwargs"]["image"], rendered["mm_kwargs"]["image"]
     return x.keys() == y.keys() and all(
         x[k].field == y[k].field and x[k].data.dtype == y[k].data.dtype and torch.equal(x[k].data, y[k].data) for k in x
     )

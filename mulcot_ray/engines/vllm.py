@@ -45,7 +45,8 @@ class VLLMEngine:
             model=s.model, dtype=s.dtype, max_model_len=s.max_model_len, seed=s.seed, max_num_seqs=sequences(s), enforce_eager=not r.compile,
             tensor_parallel_size=r.tensor_parallel, pipeline_parallel_size=r.pipeline_parallel, enable_prefix_caching=True,
             limit_mm_per_prompt={"image": 1, "video": 0}, trust_remote_code=False, load_format="safetensors",
-            mm_processor_cache_gb=0, enable_log_requests=False, disable_log_stats=True,
+            mm_processor_cache_gb=0,  # of what the renderer makes: ours goes past it
+            enable_log_requests=False, disable_log_stats=True,
         )  # fmt: skip
         if cpu:
             # The CPU default of 128 tokens a block leaves nothing of a short prompt to share; 16 fails.
@@ -62,10 +63,14 @@ class VLLMEngine:
         except Exception as e:  # vLLM fails in many types; what matters to a user is which model and why
             raise EngineError(f"vLLM cannot open {s.model}: {type(e).__name__}: {e}") from e
         self.spec = s
-        self.tokenizer: Any = self.llm.get_tokenizer()
         self.image_tokens = s.contract.image.tokens
-        self.label_ids = label_token_ids(self.tokenizer, s.contract)
-        self.inputs = Inputs(self.llm, s.contract.image.side)
+        try:
+            self.tokenizer: Any = self.llm.get_tokenizer()
+            self.label_ids = label_token_ids(self.tokenizer, s.contract)
+            self.inputs = Inputs(self.llm, s.contract.image.side)
+        except BaseException:
+            self.llm.shutdown()
+            raise
 
     async def generate(self, messages: Messages, image: Image.Image | None, sampling: Sampling) -> Completion:
         ids, params = self._writing(messages, image, sampling, "FINAL_ONLY")
@@ -140,7 +145,7 @@ class VLLMEngine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            async with aclosing(self.llm.generate(self.inputs(ids, image), params, uuid.uuid4().hex)) as outputs:
+            async with aclosing(self.llm.generate(await self.inputs(ids, image), params, uuid.uuid4().hex)) as outputs:
                 async for out in outputs:
                     yield out
         except EngineDeadError as e:

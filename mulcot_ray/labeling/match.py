@@ -358,7 +358,7 @@ def _ahead(work: Callable[[T], R], items: Iterable[T], n: int) -> Iterator[tuple
 
 def _tallies(store: Store, keys: list[str]) -> list[dict[str, Any]]:
     """The counts that these parts were committed with."""
-    return [json.loads(f.metadata[TALLY]) for f in footers(store, keys)]
+    return footers(store, keys, lambda f: json.loads(f.metadata[TALLY]))
 
 
 def _conserved(prefix: str, what: str, planned: int, found: int) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def soften(
         each = int(run.plan["rows_per_part"])
         tally = _run_all(run, work, each, runtime, progress)
         sizes = {f: n for f, n in store.files(run.prefix).items() if f.startswith("part-")}
-        seen = _feature_bytes(store, [f"{run.prefix}/{f}" for f in sizes]) if d.features else 0
+        seen = sum(footers(store, [f"{run.prefix}/{f}" for f in sizes], _feature_bytes)) if d.features else 0
         per_token = (sum(sizes.values()) - seen) / max(1, tally["tokens"])
         stats = {"rows_per_part": each, "shared": shared, "tokens": int(tally["tokens"]), "bytes_per_token": round(per_token, 1)}
         if d.features:
@@ -240,9 +241,9 @@ def _measures(tally: Counter[str], d: Distill) -> dict[str, float]:
     return {"measured_tokens": int(tally["measured"])} | {k: round(float(v), 6) for k, v in about.items()}
 
 
-def _feature_bytes(store: Store, keys: list[str]) -> int:
-    """What the features of these parts take, as they are stored."""
-    groups = [f.row_group(g) for f in footers(store, keys) for g in range(f.num_row_groups)]
+def _feature_bytes(footer: pq.FileMetaData) -> int:
+    """What the features of a part take, as they are stored."""
+    groups = map(footer.row_group, range(footer.num_row_groups))
     columns = [g.column(i) for g in groups for i in range(g.num_columns)]
     return sum(c.total_compressed_size for c in columns if c.path_in_schema.partition(".")[0] == "features")
 
