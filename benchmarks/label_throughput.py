@@ -5,12 +5,13 @@
 pipeline   `mulcot label`: posts table → chunks on Ray Data → vLLM actor → committed parts; scored label words, one prefill a post
 bare       a program without Ray that does the same for the same rows: reads the same table, decodes, renders, AsyncLLM
 lean       the same program, but pictures made into vLLM's inputs by engines/inputs.py as the pipeline does, not by vLLM's renderer
-rationale  the pipeline with a rationale for every post (on --posts / 8 posts, in smaller chunks: they end one by one)
+rationale  the pipeline with the whole answer for every post, four sections and the label (on --posts / 8 posts, in smaller chunks: they end one by one)
 reference  plain transformers `generate` of the whole answer, a batch of one, as METHOD.md says of the authors' scripts (on 24 posts)
 
 Everything is timed without the engine's start and without the beginning and end of a run: over the middle half of its rows (`reference`: all but
 the first). Same model, same engine settings, same prompts; one thread each for engine and everything around it. The model must write whole
-answers, else the last two are too easy: the tokens of an answer are printed. Runs are interleaved; medians and ratios of pairs are printed.
+answers, else the last two are too easy (the tiny base student says a label alone): the tokens of an answer are printed. Runs are interleaved; medians
+and ratios of pairs are printed.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def reference(root: str, posts: str, name: str, count: int) -> tuple[float, str]
     rows = [from_row(Post, r) for r, _ in zip(read_rows(store, need(store, "posts", posts)), range(count + 1), strict=False)]
 
     def answer(post: Post) -> int:
-        text = render_chat(processor.tokenizer, RECIPE.contract.messages(Task.REASONING, post))
+        text = render_chat(processor.tokenizer, RECIPE.contract.messages(Task.PREDICT, post))
         image = post_image(post, RECIPE.contract.image.side)
         inputs = processor(text=[text], images=None if image is None else [image], return_tensors="pt")
         with torch.no_grad():
@@ -151,7 +152,7 @@ def main() -> None:
             "pipeline": lambda i: pipeline(store, f"p-{i}", "sample", a.model, runtime),
             "bare": lambda i: apart(module.bare, folder, "sample", a.model, places, False),
             "lean": lambda i: apart(module.bare, folder, "sample", a.model, places, True),
-            "rationale": lambda i: pipeline(store, f"r-{i}", "few", a.model, runtime.model_copy(update={"rows_per_chunk": 8}), "explain"),
+            "rationale": lambda i: pipeline(store, f"r-{i}", "few", a.model, runtime.model_copy(update={"rows_per_chunk": 8}), "generate"),
             "reference": lambda i: apart(module.reference, folder, "sample", a.model, 24),
         }
         for i in range(a.repeat):
